@@ -1,0 +1,1 @@
+"""Reward fine-tuning algorithms, one file each."""

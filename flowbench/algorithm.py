@@ -1,0 +1,80 @@
+"""The contract of an algorithm: what rollouts it needs, how rewards become advantages, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from .registry import AlgorithmInfo, register_algorithm
+from .rollout import Batch, Loss, Rollout, endpoints, transitions, visited
+
+if TYPE_CHECKING:
+    from .policy import Policy
+
+RewardFunction = Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]
+
+
+class AlgorithmConfig(BaseModel):
+    """Base of an algorithm's hyperparameters: frozen, typed, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+C = TypeVar("C", bound=AlgorithmConfig)
+
+
+class Algorithm(Generic[C]):
+    """Base class. Subclasses define `Config`, `prepare` and `loss`, and what else they need.
+
+    `score` is the run's reward as a function of images (B, 3, H, W) and prompts; differentiable if the algorithm
+    declares the need "reward_grad".
+    """
+
+    info: ClassVar[AlgorithmInfo]
+    Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+
+    def __init__(self, config: C, score: RewardFunction | None = None) -> None:
+        self.cfg = config
+        self.score = score
+
+    def setup(self, policy: Policy) -> None:
+        """Build networks of its own or ask the policy for a weight view; called once, before anything is loaded back."""
+        self.policy = policy
+
+    def prepare(self, rollout: Rollout) -> Batch:
+        """Turn a scored rollout into rows for the loss."""
+        raise NotImplementedError
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """Per-row, unreduced loss of a minibatch."""
+        raise NotImplementedError
+
+    def after_update(self, policy: Policy) -> None:
+        """Called after every optimizer step, for EMA or old-policy updates."""
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The algorithm's own trainable networks by name; the core trains them on `Loss.auxiliary`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the algorithm learned besides its networks: tensors, numbers, strings, lists, dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+__all__ = [
+    "Algorithm",
+    "AlgorithmConfig",
+    "Batch",
+    "Loss",
+    "Rollout",
+    "endpoints",
+    "register_algorithm",
+    "transitions",
+    "visited",
+]

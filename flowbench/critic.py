@@ -1,0 +1,53 @@
+"""A light critic of intermediate states: V(x_sigma, sigma, c)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class StateCritic(nn.Module):
+    """Predicts the terminal reward from a noisy latent: two convolutions, the text as a gain on their channels, an MLP.
+
+    Inputs x (R, C, h, w), sigma (R,) in [0, 1], pooled text embedding (R, D); output (R,).
+    """
+
+    def __init__(self, channels: int, text_width: int, width: int = 64, grid: int = 4) -> None:
+        super().__init__()
+        self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width), nn.SiLU())
+        self.noise = nn.Sequential(nn.Linear(16, width), nn.SiLU())
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(2 * grid),
+            nn.Conv2d(width, width, 3, stride=2, padding=1),
+        )
+        self.gain = nn.Linear(2 * width, 2 * width)
+        self.head = nn.Sequential(
+            nn.Linear(width * grid * grid + 2 * width, 2 * width),
+            nn.LayerNorm(2 * width),
+            nn.SiLU(),
+            nn.Linear(2 * width, 2 * width),
+            nn.LayerNorm(2 * width),
+            nn.SiLU(),
+            nn.Linear(2 * width, 1),
+        )
+        # Start from V = 0: an untrained critic leaves the shaped reward as it is.
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
+        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(8), persistent=False)
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        phase = sigma.float()[:, None] * self.frequency
+        condition = torch.cat([self.text(pooled.float()), self.noise(torch.cat([phase.sin(), phase.cos()], 1))], 1)
+        scale, shift = self.gain(condition)[:, :, None, None].chunk(2, dim=1)
+        features = torch.nn.functional.silu(self.conv(x.float()) * (1 + scale) + shift).flatten(1)
+        return self.head(torch.cat([features, condition], 1))[:, 0]
+
+
+def explained_variance(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - Var(target - value) / Var(target): 1 is perfect, 0 is as good as the mean, negative is worse."""
+    return 1 - (target - value).var() / target.var().clamp_min(1e-12)

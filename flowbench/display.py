@@ -1,0 +1,237 @@
+"""What the command line prints, with rich: live progress and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import RunConfig
+from .errors import UsageError, did_you_mean
+from .presets import load_preset, preset_names
+from .prompts import prompt_sets, splits
+from .registry import algorithms, rewards
+
+if TYPE_CHECKING:
+    from .doctor import Finding
+    from .leaderboard import Row
+    from .record import Record, Score
+    from .run import Listener
+    from .trainer import IterationLog
+
+console = Console()
+CATEGORY_METRICS = ("oracle_exact", "oracle_soft")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _Live:
+    """A progress display that lives as long as its context."""
+
+    def __init__(self) -> None:
+        self.progress = _progress()
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Set a named bar."""
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=total, note=note)
+        self.progress.update(self.tasks[name], completed=done, total=total, note=note)
+
+
+class RunProgress(_Live):
+    """Iteration, reward, images per second and the time left of a run; then its evaluation."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        self.config, self.iterations = config, 0
+
+    def listener(self) -> Listener:
+        """The callbacks for `run.execute`."""
+        from .run import Listener
+
+        return Listener(self._start, self._iteration, lambda done, total: self.show("evaluating", done, total))
+
+    def _start(self, iteration: int, iterations: int) -> None:
+        self.iterations = iterations
+        c = self.config
+        console.print(f"{c.algorithm} on {c.reward}, {c.model}, seed {c.seed}: {iterations} iterations")
+        self.show("training", iteration, iterations)
+
+    def _iteration(self, log: IterationLog) -> None:
+        each = self.config.training.prompts_per_iteration * self.config.training.images_per_prompt
+        note = f"reward {log.reward:.4f}  {each / log.seconds:.0f} images/s"
+        self.show("training", log.iteration, self.iterations, note)
+
+
+class EvaluationProgress(_Live):
+    """A bar for `evaluate`."""
+
+    def __call__(self, done: int, total: int) -> None:
+        self.show("evaluating", done, total)
+
+
+class BuildProgress(_Live):
+    """A bar for each stage of `testbed build`."""
+
+    def __call__(self, stage: str, done: int, total: int, loss: float) -> None:
+        self.show(stage, done, total, f"loss {loss:.4f}" if loss else "")
+
+
+def dry_run(config: RunConfig) -> None:
+    """The resolved configuration and its estimated cost."""
+    preset, t = load_preset(config.model), config.training
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).strip(), highlight=False)
+    per_image = preset.num_steps * (2 if preset.guidance_scale > 1 else 1)
+    splits_ = len(config.evaluation.splits)
+    evaluation = 2 * splits_ * config.evaluation.prompts * config.evaluation.images_per_prompt
+    console.print(
+        f"cost: {t.images} training images ({t.images * per_image} function evaluations to sample them), "
+        f"{t.images} reward calls; at most {evaluation} images to evaluate"
+    )
+
+
+def scores(record: Record, folder: Path) -> None:
+    """The table that ends a run, and where everything lies."""
+    b = record.budget
+    score_table(record.scores, record.reward, f"{record.algorithm} on {record.reward}, {record.model}, seed {record.seed}")
+    console.print(
+        f"{b.images} images, {b.reward_calls} reward calls, {b.function_evaluations} function evaluations, "
+        f"{b.seconds:.0f} s training + {b.evaluation_seconds:.0f} s evaluation, peak {b.peak_memory_mb / 1024:.2f} GB"
+    )
+    console.print(f"{folder}: record.json, curves.png, samples/, checkpoints/tuned/", highlight=False, soft_wrap=True)
+
+
+def score_table(values: Mapping[str, Score], reward: str, title: str) -> None:
+    """Base, tuned and difference with its interval, per metric and split; the oracle's per category below."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("metric", "split", "base", "tuned", "difference", "95 % interval"):
+        table.add_column(heading, justify="left" if heading in ("metric", "split") else "right")
+    plain = [k for k in values if k.count("/") == 1]
+    nested = [k for k in values if k.count("/") == 2]
+    for key in [*plain, *nested]:
+        metric, split, *category = key.split("/")
+        s = values[key]
+        low, high = s.diff_ci95
+        name = "  " + category[0] + " " + metric.removeprefix("oracle_") if category else metric
+        note = " (trained on)" if metric == reward or (reward == "oracle" and metric in CATEGORY_METRICS) else ""
+        color = "green" if low > 0 else "red" if high < 0 else ""
+        difference = f"{s.tuned - s.base:+.4f}"
+        table.add_row(
+            name + note,
+            split,
+            f"{s.base:.4f}",
+            f"{s.tuned:.4f}",
+            f"[{color}]{difference}[/]" if color and metric != "w2" else difference,
+            f"[{low:+.4f}, {high:+.4f}]",
+            end_section=key == plain[-1],
+        )
+    console.print(table)
+
+
+def listing(what: str, output: Path) -> None:
+    """Algorithms, rewards, models, prompts or runs.
+
+    Raises UsageError for anything else.
+    """
+    makers = {"algorithms": _algorithms, "rewards": _rewards, "models": _models, "prompts": _prompts}
+    if what == "runs":
+        console.print(_runs(output))
+    elif what in makers:
+        console.print(makers[what]())
+    else:
+        raise UsageError(f"cannot list '{what}'{did_you_mean(what, [*makers, 'runs'])}")
+
+
+def _table(*headings: str) -> Table:
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _algorithms() -> Table:
+    table = _table("algorithm", "paper", "needs", "what it is")
+    for name in algorithms.names():
+        info = algorithms.get(name).info
+        table.add_row(name, info.paper, ", ".join(sorted(info.needs)), info.summary)
+    return table
+
+
+def _rewards() -> Table:
+    table = _table("reward", "source", "licence", "gradient", "truth", "what it is")
+    for name in rewards.names():
+        info = rewards.get(name).info
+        marks = ["yes" if flag else "" for flag in (info.differentiable, info.truth)]
+        table.add_row(name, info.source, info.licence, *marks, info.summary)
+    return table
+
+
+def _models() -> Table:
+    table = _table("model", "source", "licence", "resolution", "steps", "guidance", "prompts")
+    for name in preset_names():
+        p = load_preset(name)
+        table.add_row(name, p.source, p.licence, str(p.resolution), str(p.num_steps), str(p.guidance_scale), p.prompts)
+    return table
+
+
+def _prompts() -> Table:
+    from .prompts import FOLDER, load_split
+
+    table = _table("prompt set", "split", "prompts", "sha256")
+    for name in prompt_sets():
+        for split in splits(FOLDER / name):
+            content = load_split(name, split)
+            table.add_row(name, split, str(len(content.prompts)), content.sha256[:12])
+    return table
+
+
+def _runs(output: Path) -> Table:
+    table = _table("run", "state")
+    for config in sorted(output.rglob("config.yaml")) if output.exists() else []:
+        folder = config.parent
+        state = "done" if (folder / "DONE").exists() else "unfinished (continue with --resume)"
+        table.add_row(str(folder), state)
+    return table
+
+
+def leaderboard(table: Sequence[Row]) -> None:
+    """A leaderboard in the terminal."""
+    from .leaderboard import LEGEND, cells, columns, headings
+
+    metrics = columns(table)
+    view = _table(*headings(metrics))
+    for row in table:
+        view.add_row(*cells(row, metrics))
+    console.print(view)
+    console.print(LEGEND.replace("\\*", "*"), highlight=False)
+
+
+def doctor(findings: Sequence[Finding]) -> None:
+    """What is there, what is missing, and what to do about it."""
+    view = _table("part", "state", "what to do")
+    for f in findings:
+        view.add_row(f.part, ("[green]ok[/] " if f.ok else "[yellow]missing[/] ") + f.state, f.remedy)
+    console.print(view)

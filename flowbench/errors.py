@@ -1,0 +1,21 @@
+"""Errors that a user can mend: one line that names the culprit and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(Exception):
+    """The request is wrong (unknown name, bad key, wrong type); the command line exits with 2."""
+
+
+class RunError(Exception):
+    """The request was fine but could not be carried out (missing weights, NaN reward, full disk); exit code 1."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """"; did you mean 'x'?" for the nearest known name, else the list of what there is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names) or 'none'}"

@@ -1,0 +1,1 @@
+"""The evaluation protocol, its metrics and their statistics."""

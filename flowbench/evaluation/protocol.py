@@ -1,0 +1,132 @@
+"""Scores a model on fixed prompts and fixed noise, so that two models differ by their weights alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..config import EvaluationConfig
+from ..flow import interpolate, velocity_error
+from ..policy import Policy
+from ..prompts import Prompt, PromptSplit, spread
+from ..reward import Reward, checked_score
+from ..rollout import Conditioning
+from ..seeding import generator_for
+
+W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+GRID_PROMPTS, GRID_IMAGES = 12, 4
+
+Progress = Callable[[int], None]  # images done
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Per-prompt scores of one model on one split.
+
+    prompts: P prompts; scores: metric name to (P,) means over a prompt's images; grid: images (p, n, 3, H, W) of the
+    first prompts, for a picture.
+    """
+
+    prompts: tuple[Prompt, ...]
+    scores: dict[str, np.ndarray]
+    grid: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What scores the images: reward models by name, and whether the testbed's oracle may be asked."""
+
+    rewards: dict[str, Reward]
+    oracle: bool
+
+
+def protocol_hash(config: EvaluationConfig, splits: list[PromptSplit]) -> str:
+    """Ten hex digits over the protocol and its prompt files."""
+    content = {"config": config.model_dump(mode="json"), "splits": {s.name: s.sha256 for s in splits}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def score_split(
+    policy: Policy, weights: str, split: PromptSplit, judges: Judges, config: EvaluationConfig, progress: Progress
+) -> SplitScores:
+    """Generate and score `config.images_per_prompt` images for each prompt of a split, with one weight view."""
+    prompts, n = spread(split, config.prompts), config.images_per_prompt
+    rows = [(p, k) for p in range(len(prompts)) for k in range(n)]
+    collected: dict[str, list[torch.Tensor]] = {}
+    latents, grid = [], []
+    for start in range(0, len(rows), config.batch):
+        part = rows[start : start + config.batch]
+        texts = tuple(prompts[p].text for p, _ in part)
+        cond = policy.encode(texts)
+        noise = torch.cat([_noise(policy, config.seed, split.name, p, k) for p, k in part])
+        policy.generator = generator_for(config.seed, "evaluation", split.name, start)
+        samples = policy.rollout(cond, noise, num_steps=config.num_steps, weights=weights)
+        with torch.no_grad():
+            images = policy.decode(samples.x0)
+            scores = _score(judges, images, texts)
+            if weights != "reference":
+                scores["w2"] = _velocity_distance(policy, samples.x0, noise, cond, weights)
+            else:
+                scores["w2"] = torch.zeros(len(part))
+        for name, values in scores.items():
+            collected.setdefault(name, []).append(values.float().cpu())
+        latents.append(samples.x0.cpu())
+        grid += [image.cpu() for image, (p, k) in zip(images, part, strict=True) if p < GRID_PROMPTS and k < GRID_IMAGES]
+        progress(len(part))
+    per_prompt = {m: torch.cat(v).reshape(len(prompts), n).mean(1).numpy() for m, v in collected.items()}
+    per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(prompts), n, -1)).numpy()
+    shown = min(n, GRID_IMAGES)
+    picture = torch.stack(grid)
+    return SplitScores(prompts, per_prompt, picture.reshape(-1, shown, *picture.shape[1:]))
+
+
+def within_prompt_diversity(latents: torch.Tensor) -> torch.Tensor:
+    """Mean over pairs of a prompt's images of the root mean square distance of their latents.
+
+    latents (P, n, D) with n >= 2; returns (P,). 0 means that all images of a prompt are the same.
+    """
+    n, d = latents.shape[1:]
+    distance = torch.cdist(latents, latents) / d**0.5
+    return distance.sum((1, 2)) / (n * (n - 1))
+
+
+def _noise(policy: Policy, seed: int, split: str, prompt: int, image: int) -> torch.Tensor:
+    """Noise that depends on prompt and image alone, not on how images are batched."""
+    policy.generator = generator_for(seed, "evaluation-noise", split, prompt, image)
+    return policy.draw_noise(1)
+
+
+def _score(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    scores = {name: checked_score(reward, images, texts) for name, reward in judges.rewards.items()}
+    if judges.oracle:
+        from ..testbed.oracle import judge_images
+        from ..testbed.world import parse
+
+        verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
+        scores["oracle_exact"] = torch.tensor([float(v.exact) for v in verdicts])
+        scores["oracle_soft"] = torch.tensor([v.soft for v in verdicts])
+    return scores
+
+
+def _velocity_distance(policy: Policy, x0: torch.Tensor, eps: torch.Tensor, cond: Conditioning, weights: str) -> torch.Tensor:
+    """mean_d (v - v_ref)^2 on re-noised samples, averaged over fixed sigmas: bounds the Wasserstein-2 distance of the
+    two flows (2502.06061, section 4.2). Returns (B,)."""
+    total = torch.zeros(len(x0), device=x0.device)
+    for value in W2_SIGMAS:
+        sigma = torch.full((len(x0),), value, device=x0.device)
+        x = interpolate(x0, eps, sigma)
+        v, v_ref = policy.velocity(x, sigma, cond, weights), policy.velocity(x, sigma, cond, "reference")
+        total += velocity_error(v, v_ref)
+    return total / len(W2_SIGMAS)
+
+
+def by_category(split: SplitScores, metric: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The per-prompt scores of each category in turn."""
+    categories = [p.category for p in split.prompts]
+    for category in dict.fromkeys(categories):
+        yield category, split.scores[metric][[c == category for c in categories]]

@@ -1,0 +1,19 @@
+"""Intervals over prompts, by scipy's bootstrap."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+
+
+def mean_ci95(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of values (n,); (mean, mean) when all are equal."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

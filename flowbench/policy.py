@@ -1,0 +1,411 @@
+"""The model being tuned: text encoding, velocity, sampling, decoding, and named views of its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .errors import RunError, UsageError
+from .flow import SAMPLERS, Sampler, Step, gaussian_log_prob, get_sampler, interpolate
+from .presets import ModelPreset
+from .rollout import Conditioning
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+
+LORA_TARGETS = [
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+]
+VIEWS = ("current", "reference", "old")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Which weights are trained: "full", or "lora" of this rank and alpha on the attention projections."""
+
+    kind: str = "full"
+    lora_rank: int = 32
+    lora_alpha: float = 64.0
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """x_sigma (R, C, h, w) on the straight path between x0 and fresh noise, sigma (R,), and its target velocity u."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    u: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The result of `Policy.rollout`; shapes as in `rollout.Rollout`."""
+
+    x0: torch.Tensor
+    sigmas: torch.Tensor
+    states: torch.Tensor | None
+    log_prob: torch.Tensor | None
+
+
+class Policy:
+    """A diffusers StableDiffusion3Pipeline whose transformer is being tuned.
+
+    Weight views: "current" is trained, "reference" is the model before tuning, "old" a slowly moving copy. With LoRA a
+    view is an adapter state of one module; with full tuning it is a frozen copy. `generator` supplies all randomness of
+    `renoise` and of `rollout`; the trainer sets it.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        preset: ModelPreset,
+        tuning: Tuning = Tuning(),
+        device: torch.device = torch.device("cpu"),
+        sigma_distribution: str = "logit-normal",
+        sampler: str = "ode",
+        eta: float = 0.7,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.pipeline, self.preset, self.tuning, self.device = pipeline, preset, tuning, device
+        self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
+        self.generator = torch.Generator().manual_seed(0)
+        self.function_evaluations = 0
+        self.text_device = device
+        self._texts: dict[str, int] = {}
+        self._tokens: list[torch.Tensor] = []
+        self._pooled: list[torch.Tensor] = []
+        self._copies: dict[str, torch.nn.Module] = {}
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        self.transformer: torch.nn.Module = pipeline.transformer.to(device)
+        self.vae = pipeline.vae.to(device)
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if tuning.kind == "lora":
+            self._add_adapter("default")
+        elif tuning.kind == "full":
+            self._copies["reference"] = copy.deepcopy(self.transformer)
+            self.transformer.requires_grad_(True)
+        else:
+            raise UsageError(f"unknown training.tuning '{tuning.kind}'; use 'full' or 'lora'")
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, prompts: Iterable[str]) -> Conditioning:
+        """Conditioning of these prompts; each different text is encoded once and kept."""
+        prompts = list(prompts)
+        new = [p for p in dict.fromkeys(prompts) if p not in self._texts]
+        for start in range(0, len(new), 32):
+            part = new[start : start + 32]
+            tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                part,
+                None,
+                None,
+                device=self.text_device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.preset.max_sequence_length,
+            )
+            for text, t, p in zip(part, tokens.to(self.device), pooled.to(self.device), strict=True):
+                self._texts[text] = len(self._tokens)
+                self._tokens.append(t)
+                self._pooled.append(p)
+        ids = [self._texts[p] for p in prompts]
+        unique = list(dict.fromkeys(ids))
+        where = {k: i for i, k in enumerate(unique)}
+        index = torch.tensor([where[k] for k in ids], device=self.device)
+        tokens = torch.stack([self._tokens[k] for k in unique])
+        return Conditioning(tokens, torch.stack([self._pooled[k] for k in unique]), index)
+
+    def release_text_encoders(self) -> None:
+        """Move the text encoders off the device, once every prompt of a run is encoded."""
+        self.text_device = torch.device("cpu")
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            encoder = getattr(self.pipeline, name)
+            if encoder is not None:
+                encoder.to("cpu")
+
+    # --- velocity and weight views --------------------------------------------------------------------------------
+
+    def velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current"
+    ) -> torch.Tensor:
+        """v(x_sigma, sigma, c) without guidance; x (R, C, h, w), sigma (R,). Views other than "current" have no gradient.
+
+        Raises UsageError for a view that nobody asked for.
+        """
+        self.function_evaluations += len(x)
+        if weights != "current":
+            with torch.no_grad(), self._view(weights) as module:
+                return self._forward(module, x, sigma, cond.tokens[cond.index], cond.pooled[cond.index])
+        return self._forward(self.transformer, x, sigma, cond.tokens[cond.index], cond.pooled[cond.index])
+
+    def guided_velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current"
+    ) -> torch.Tensor:
+        """The velocity that the sampler follows: with classifier-free guidance if the preset's scale is above 1."""
+        scale = self.preset.guidance_scale
+        v = self.velocity(x, sigma, cond, weights)
+        if scale <= 1.0:
+            return v
+        empty = self.encode([""] * len(x))
+        v_empty = self.velocity(x, sigma, empty, weights)
+        return v_empty + scale * (v - v_empty)
+
+    def _forward(
+        self, module: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = self.model_dtype
+        with self._precision():
+            v = module(x.to(dtype), tokens.to(dtype), pooled.to(dtype), timestep=sigma * 1000, return_dict=False)[0]
+        return v.float()
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype of the transformer's weights."""
+        return next(self.transformer.parameters()).dtype
+
+    def _precision(self) -> AbstractContextManager[object]:
+        # LoRA weights stay float32 beside half-precision base weights; autocast joins the two.
+        if self.model_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.model_dtype)
+
+    def add_view(self, name: str) -> None:
+        """Make the "old" view: a copy of the current weights, moved by `update_view`."""
+        if name != "old":
+            raise UsageError(f"weight view '{name}' cannot be added; 'old' can, {VIEWS[:2]} always exist")
+        if self.tuning.kind == "lora":
+            self._add_adapter(name)
+            self.transformer.set_adapter("default")
+        else:
+            self._copies[name] = copy.deepcopy(self.transformer).requires_grad_(False)
+        self.update_view(name, decay=0.0)
+
+    @torch.no_grad()
+    def update_view(self, name: str, decay: float) -> None:
+        """view = decay * view + (1 - decay) * current."""
+        view, current = self._view_parameters(name), self.trainable_parameters()
+        torch._foreach_lerp_(view, [p.detach() for p in current], 1.0 - decay)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimizer trains, in a fixed order."""
+        if self.tuning.kind == "lora":
+            return self._adapter_parameters("default")
+        return list(self.transformer.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trained weights and the "old" view, for a checkpoint."""
+        state = {"current": [p.detach() for p in self.trainable_parameters()]}
+        if self._has_view("old"):
+            state["old"] = [p.detach() for p in self._view_parameters("old")]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        for p, saved in zip(self.trainable_parameters(), state["current"], strict=True):
+            p.copy_(saved)
+        if "old" in state:
+            for p, saved in zip(self._view_parameters("old"), state["old"], strict=True):
+                p.copy_(saved)
+
+    def save(self, folder: Path) -> None:
+        """Write the tuned weights in diffusers' own format: LoRA weights, or the transformer's folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tuning.kind == "full":
+            self.transformer.save_pretrained(folder / "transformer")
+            return
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft.utils import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(self.transformer, adapter_name="default")
+        self.pipeline.save_lora_weights(
+            folder, transformer_lora_layers=layers, **_collate_lora_metadata({"transformer": self.transformer})
+        )
+
+    def _has_view(self, name: str) -> bool:
+        return name in self._copies or bool(self.tuning.kind == "lora" and self._adapter_parameters(name))
+
+    def _view_parameters(self, name: str) -> list[torch.nn.Parameter]:
+        params = (
+            self._adapter_parameters(name) if self.tuning.kind == "lora" else list(self._copies[name].parameters())
+        )
+        if not params:
+            raise UsageError(f"weight view '{name}' does not exist; call policy.add_view('{name}') in setup")
+        return params
+
+    def _adapter_parameters(self, name: str) -> list[torch.nn.Parameter]:
+        return [p for n, p in self.transformer.named_parameters() if "lora_" in n and f".{name}." in n]
+
+    def _add_adapter(self, name: str) -> None:
+        from peft import LoraConfig
+
+        rank, alpha = self.tuning.lora_rank, self.tuning.lora_alpha
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGETS, init_lora_weights="gaussian")
+        self.transformer.add_adapter(config, adapter_name=name)
+        for p in self._adapter_parameters(name):
+            p.data = p.data.float()
+            p.requires_grad_(name == "default")
+
+    def _view(self, name: str) -> AbstractContextManager[torch.nn.Module]:
+        if self.tuning.kind == "lora" and name in VIEWS:
+            return _AdapterState(self.transformer, name, self._adapter_parameters("default"))
+        if name not in self._copies:
+            raise UsageError(f"weight view '{name}' does not exist; call policy.add_view('{name}') in setup")
+        return nullcontext(self._copies[name])
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """The sampler's sigmas (num_steps + 1,), from 1 to 0, from the pipeline's own scheduler."""
+        self.pipeline.scheduler.set_timesteps(num_steps)
+        return self.pipeline.scheduler.sigmas.float().to(self.device)
+
+    def draw_noise(self, n: int) -> torch.Tensor:
+        """Standard normal latents (n, C, h, w)."""
+        return self._randn((n, *self.latent_shape))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        side = self.preset.resolution // self.pipeline.vae_scale_factor
+        return (self.transformer.config.in_channels, side, side)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text embedding."""
+        return int(self.transformer.config.pooled_projection_dim)
+
+    def renoise(self, x0: torch.Tensor) -> Renoised:
+        """x0 mixed with fresh noise at fresh sigmas; `sigma_distribution` says how sigma is drawn."""
+        eps, n = self._randn(x0.shape), len(x0)
+        if self.sigma_distribution == "logit-normal":
+            sigma = torch.sigmoid(torch.randn(n, generator=self.generator))
+        elif self.sigma_distribution == "uniform":
+            sigma = torch.rand(n, generator=self.generator)
+        elif self.sigma_distribution == "sampler":
+            grid = self.sigmas(self.preset.num_steps)[:-1].cpu()
+            sigma = grid[torch.randint(len(grid), (n,), generator=self.generator)]
+        else:
+            raise UsageError(
+                f"unknown training.sigma_distribution '{self.sigma_distribution}'; "
+                "use 'logit-normal', 'uniform' or 'sampler'"
+            )
+        sigma = sigma.to(self.device)
+        return Renoised(interpolate(x0, eps, sigma), sigma, eps - x0)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        cond: Conditioning,
+        noise: torch.Tensor,
+        *,
+        sampler: Sampler = SAMPLERS["ode"],
+        num_steps: int | None = None,
+        keep_states: bool = False,
+        weights: str = "current",
+    ) -> Samples:
+        """Sample from noise (B, C, h, w) to x0. A sampler with noise uses `generator`, and gives log_prob."""
+        x = noise
+        sigmas = self.sigmas(num_steps or self.preset.num_steps)
+        states, log_probs = [x], []
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+            v = self.guided_velocity(x, sigma.expand(len(x)), cond, weights)
+            step = sampler.step(x, v, sigma, sigma_next, self.eta)
+            x = step.mean
+            if sampler.has_log_prob:
+                x = step.mean + step.std * self._randn(x.shape)
+                log_probs.append(gaussian_log_prob(x, step))
+            if keep_states:
+                states.append(x)
+        return Samples(
+            x0=x,
+            sigmas=sigmas,
+            states=torch.stack(states, dim=1) if keep_states else None,
+            log_prob=torch.stack(log_probs, dim=1) if log_probs else None,
+        )
+
+    def transition(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        sigma_next: torch.Tensor,
+        cond: Conditioning,
+        weights: str = "current",
+    ) -> Step:
+        """The Gaussian of the training sampler's step from x (R, C, h, w) at sigma (R,) to sigma_next (R,)."""
+        return self.sampler.step(x, self.guided_velocity(x, sigma, cond, weights), sigma, sigma_next, self.eta)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1]; differentiable when gradients are on."""
+        config = self.vae.config
+        z = (latents / config.scaling_factor + config.shift_factor).to(next(self.vae.parameters()).dtype)
+        if torch.is_grad_enabled() and z.requires_grad and z.is_cuda:
+            image = checkpoint(self._decode, z, use_reentrant=False)
+        else:
+            image = self._decode(z)
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def draw_integers(self, high: int, n: int) -> torch.Tensor:
+        """n uniform integers in [0, high)."""
+        return torch.randint(high, (n,), generator=self.generator).to(self.device)
+
+    def _randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        # Drawn on the CPU whatever the device, so that a seed means the same noise everywhere.
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+
+class _AdapterState:
+    """Within it, the module computes with another adapter ("old") or with none ("reference")."""
+
+    def __init__(self, module: Any, name: str, trained: list[torch.nn.Parameter]) -> None:
+        self.module, self.name, self.trained = module, name, trained
+
+    def __enter__(self) -> torch.nn.Module:
+        if self.name == "reference":
+            self.module.disable_adapters()
+        elif self.name == "old":
+            self.module.set_adapter("old")
+        module: torch.nn.Module = self.module
+        return module
+
+    def __exit__(self, *_: object) -> None:
+        if self.name == "reference":
+            self.module.enable_adapters()
+        self.module.set_adapter("default")
+        for p in self.trained:
+            p.requires_grad_(True)
+
+
+def load_pipeline(preset: ModelPreset, device: torch.device) -> StableDiffusion3Pipeline:
+    """Load the preset's pipeline from its folder or hub id.
+
+    Raises RunError when its weights cannot be found or read.
+    """
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
+    absent = {} if preset.has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    source = preset.resolve_source()
+    try:
+        return StableDiffusion3Pipeline.from_pretrained(
+            source, revision=preset.revision, torch_dtype=dtype, use_safetensors=True, **absent
+        )
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise RunError(f"model '{preset.name}' cannot be loaded from '{source}': {first}; {preset.remedy}") from error

@@ -1,0 +1,132 @@
+"""The record of a run: one JSON per run and seed, from which every table is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UsageError
+
+PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy", "scipy")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Score(_Part):
+    """One metric on one split: means over prompts, and the 95 % bootstrap interval of the paired difference."""
+
+    base: float
+    tuned: float
+    diff_ci95: tuple[float, float]
+
+
+class Spent(_Part):
+    """What training cost. seconds: wall time of the training loop; overhead: share of it outside model, VAE, reward."""
+
+    images: int
+    reward_calls: int
+    function_evaluations: int
+    seconds: float
+    evaluation_seconds: float
+    overhead: float
+    peak_memory_mb: float
+
+
+class Record(_Part):
+    """One run. scores: "metric/split" or "metric/split/category" to Score; per_prompt: "metric/split" to the values."""
+
+    algorithm: str
+    reward: str
+    model: str
+    seed: int
+    budget: Spent
+    scores: dict[str, Score]
+    per_prompt: dict[str, dict[str, list[float]]]
+    prompts: dict[str, list[str]]
+    config: dict[str, Any]
+    config_hash: str
+    protocol_hash: str
+    prompt_hashes: dict[str, str]
+    reward_provenance: dict[str, Any]
+    command: str
+    commit: str | None
+    device: str
+    versions: dict[str, str]
+    finished: str
+
+    def save(self, path: Path) -> None:
+        """Write the record, to a temporary name first."""
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+
+def load_record(path: Path) -> Record:
+    """Read a record.
+
+    Raises UsageError for a file that is none.
+    """
+    try:
+        return Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise UsageError(f"'{path}' is not a flowbench record: {str(error).splitlines()[0]}") from error
+
+
+def find_records(places: Iterable[Path]) -> list[Record]:
+    """All records below these files and folders, in the order of their paths.
+
+    Raises UsageError when a place does not exist.
+    """
+    found: list[Record] = []
+    for place in places:
+        if not place.exists():
+            raise UsageError(f"'{place}' does not exist")
+        files = [place] if place.is_file() else sorted([*place.rglob("record.json"), *place.glob("results/*.json")])
+        found += [load_record(file) for file in files]
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old or the new one at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
+
+
+def code_commit() -> str | None:
+    """The commit of the source tree that runs, with "+" if it has changes; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,181 @@
+"""Plug-ins: one generic registry for algorithms and for rewards.
+
+Built-in and foreign plug-ins are found the same way: through entry points, or in a Python file given by `--plugin`.
+Names are known from the entry points alone, so that a misspelt name is answered before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from .errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from .algorithm import Algorithm
+    from .reward import Reward
+
+T = TypeVar("T")
+
+NEEDS = frozenset({"endpoint", "states", "log_prob", "reward_grad", "old"})
+
+
+@dataclass(frozen=True)
+class AlgorithmInfo:
+    """What an algorithm says of itself. needs: a subset of NEEDS, checked against sampler and reward before loading."""
+
+    name: str
+    paper: str
+    needs: frozenset[str]
+    summary: str
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What a reward says of itself.
+
+    range: the scores' lower and upper bound; truth: True for the testbed's own measure, which is no proxy;
+    differentiable: gradients reach the images' pixels.
+    """
+
+    name: str
+    source: str
+    licence: str
+    range: tuple[float, float]
+    differentiable: bool
+    truth: bool
+    summary: str
+
+
+Info = TypeVar("Info", AlgorithmInfo, RewardInfo)
+
+
+@dataclass(frozen=True)
+class Plugin(Generic[T, Info]):
+    """A registered class with its metadata."""
+
+    cls: type[T]
+    info: Info
+
+
+@dataclass
+class Registry(Generic[T, Info]):
+    """Plug-ins of one kind by name."""
+
+    kind: str
+    group: str
+    loaded: dict[str, Plugin[T, Info]] = field(default_factory=dict)
+
+    def add(self, plugin: Plugin[T, Info]) -> None:
+        """Register a plug-in.
+
+        Raises UsageError for a name that another class already has.
+        """
+        other = self.loaded.get(plugin.info.name)
+        if other and (other.cls.__module__, other.cls.__qualname__) != (plugin.cls.__module__, plugin.cls.__qualname__):
+            raise UsageError(
+                f"{self.kind} '{plugin.info.name}' is defined twice: in {other.cls.__module__} and in "
+                f"{plugin.cls.__module__}; rename one"
+            )
+        self.loaded[plugin.info.name] = plugin
+
+    def names(self) -> list[str]:
+        """All known names, without importing a plug-in."""
+        return sorted({point.name for point in self._points()} | set(self.loaded))
+
+    def get(self, name: str) -> Plugin[T, Info]:
+        """The plug-in of that name, imported now if need be.
+
+        Raises UsageError for an unknown name, a broken module, or a name that two packages claim.
+        """
+        points = [p for p in self._points() if p.name == name]
+        if name not in self.loaded:
+            if not points:
+                raise UsageError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
+            if len({p.value for p in points}) > 1:
+                raise UsageError(f"{self.kind} '{name}' is claimed by {' and '.join(p.value for p in points)}; uninstall one")
+            try:
+                points[0].load()
+            except ImportError as error:
+                raise UsageError(f"{self.kind} '{name}' ({points[0].value}) cannot be imported: {error}") from error
+            if name not in self.loaded:
+                raise UsageError(f"entry point '{name}' ({points[0].value}) registers no {self.kind} of that name")
+        return self.loaded[name]
+
+    def _points(self) -> tuple[EntryPoint, ...]:
+        return tuple(entry_points(group=self.group))
+
+
+algorithms: Registry[Algorithm, AlgorithmInfo] = Registry("algorithm", "flowbench.algorithms")
+rewards: Registry[Reward, RewardInfo] = Registry("reward", "flowbench.rewards")
+
+A = TypeVar("A", bound="type[Algorithm]")
+R = TypeVar("R", bound="type[Reward]")
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def register_algorithm(name: str, *, paper: str, needs: set[str]) -> Callable[[A], A]:
+    """Class decorator for an algorithm; the docstring's first line becomes its summary.
+
+    Raises UsageError for a need that the core does not know, or a name that is taken.
+    """
+
+    def register(cls: A) -> A:
+        for need in needs - NEEDS:
+            raise UsageError(f"algorithm '{name}' needs '{need}', which is unknown{did_you_mean(need, NEEDS)}")
+        cls.info = AlgorithmInfo(name, paper, frozenset(needs), _summary(cls))
+        algorithms.add(Plugin(cls, cls.info))
+        return cls
+
+    return register
+
+
+def register_reward(
+    name: str,
+    *,
+    source: str,
+    licence: str,
+    range: tuple[float, float],
+    differentiable: bool,
+    truth: bool = False,
+) -> Callable[[R], R]:
+    """Class decorator for a reward; the docstring's first line becomes its summary."""
+
+    def register(cls: R) -> R:
+        cls.info = RewardInfo(name, source, licence, range, differentiable, truth, _summary(cls))
+        rewards.add(Plugin(cls, cls.info))
+        return cls
+
+    return register
+
+
+def load_plugin_file(path: Path) -> None:
+    """Import a Python file that registers algorithms or rewards.
+
+    Raises UsageError when it is missing, broken, or registers nothing.
+    """
+    if not path.is_file():
+        raise UsageError(f"plug-in file '{path}' does not exist")
+    before = set(algorithms.loaded) | {f"reward {n}" for n in rewards.loaded}
+    name = f"flowbench_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"plug-in file '{path}' is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"plug-in file '{path}' fails on import: {type(error).__name__}: {error}") from error
+    if before == set(algorithms.loaded) | {f"reward {n}" for n in rewards.loaded}:
+        raise UsageError(f"plug-in file '{path}' registers nothing; decorate a class with register_algorithm or register_reward")

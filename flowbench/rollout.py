@@ -1,0 +1,140 @@
+"""The typed objects that pass between the stages of a run. P prompts, B images or rows, T sampler steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text conditioning of rows: the embeddings of P different prompts, and which one each row has.
+
+    tokens (P, L, D), pooled (P, D'), index (B,) int64.
+    """
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+    index: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def select(self, rows: torch.Tensor) -> Conditioning:
+        """The conditioning of these rows; embeddings are shared, not copied."""
+        return replace(self, index=self.index[rows])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one iteration generated.
+
+    prompts: B texts; group (B,) int64, equal for images of one prompt; x0 (B, C, h, w); images (B, 3, H, W) in [0, 1];
+    reward (B,) float32, raw; sigmas (T + 1,); states (B, T + 1, C, h, w) if the algorithm needs "states" or "log_prob",
+    from noise to x0; log_prob (B, T), summed over latent dimensions, if it needs "log_prob".
+    """
+
+    iteration: int
+    prompts: tuple[str, ...]
+    group: torch.Tensor
+    cond: Conditioning
+    sigmas: torch.Tensor
+    x0: torch.Tensor
+    images: torch.Tensor
+    reward: torch.Tensor
+    states: torch.Tensor | None = None
+    log_prob: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def center(self, values: torch.Tensor) -> torch.Tensor:
+        """values (B,) minus the mean over the images of the same prompt."""
+        sums = torch.zeros(int(self.group.max()) + 1, device=values.device).index_add_(0, self.group, values)
+        return values - (sums / torch.bincount(self.group))[self.group]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for the loss. A row is an image, or one transition of an image's sampling path.
+
+    x0 (R, C, h, w); advantage (R,), what the algorithm made of the rewards (its own docstring says which quantity);
+    prompts: R texts; and for transitions x, x_next (R, C, h, w), sigma, sigma_next, log_prob_old (R,).
+    """
+
+    prompts: tuple[str, ...]
+    cond: Conditioning
+    x0: torch.Tensor
+    advantage: torch.Tensor
+    x: torch.Tensor | None = None
+    x_next: torch.Tensor | None = None
+    sigma: torch.Tensor | None = None
+    sigma_next: torch.Tensor | None = None
+    log_prob_old: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: torch.Tensor) -> Batch:
+        """The batch of these rows."""
+        chosen = {
+            name: value[rows]
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        prompts = tuple(self.prompts[i] for i in rows.tolist())
+        return replace(self, prompts=prompts, cond=self.cond.select(rows), **chosen)
+
+
+def endpoints(rollout: Rollout, advantage: torch.Tensor, copies: int = 1) -> Batch:
+    """`copies` rows per image."""
+    batch = Batch(rollout.prompts, rollout.cond, rollout.x0, advantage)
+    rows = torch.arange(len(batch), device=rollout.x0.device)
+    return batch if copies == 1 else batch.select(rows.repeat_interleave(copies))
+
+
+def visited(rollout: Rollout, advantage: torch.Tensor, step: torch.Tensor) -> Batch:
+    """One row per image: the state x at that image's sampler step (B,) and its sigma."""
+    assert rollout.states is not None
+    rows = torch.arange(len(rollout), device=rollout.x0.device)
+    return replace(endpoints(rollout, advantage), x=rollout.states[rows, step], sigma=rollout.sigmas[step])
+
+
+def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
+    """One row per image and sampler step, image by image; the rollout must have states and log_prob.
+
+    Steps without noise (the ODE part of a mixed sampler) have no density and are left out.
+    """
+    assert rollout.states is not None and rollout.log_prob is not None
+    b, t = rollout.log_prob.shape
+    image = torch.arange(b, device=rollout.x0.device).repeat_interleave(t)
+    step = torch.arange(t, device=rollout.x0.device).repeat(b)
+    keep = rollout.log_prob[image, step].isfinite()
+    image, step = image[keep], step[keep]
+    return Batch(
+        prompts=tuple(rollout.prompts[i] for i in image.tolist()),
+        cond=rollout.cond.select(image),
+        x0=rollout.x0[image],
+        advantage=advantage[image],
+        x=rollout.states[image, step],
+        x_next=rollout.states[image, step + 1],
+        sigma=rollout.sigmas[step],
+        sigma_next=rollout.sigmas[step + 1],
+        log_prob_old=rollout.log_prob[image, step],
+    )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an algorithm's loss returns.
+
+    policy: (R,) unreduced loss of the model being tuned, or None for no policy update on this batch (warm-up);
+    auxiliary: (R,) unreduced loss of the algorithm's own networks (a critic), which have their own optimizer;
+    metrics: named scalars for the log.
+    """
+
+    policy: torch.Tensor | None
+    auxiliary: torch.Tensor | None = None
+    metrics: Mapping[str, torch.Tensor | float] = field(default_factory=dict)

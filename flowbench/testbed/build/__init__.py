@@ -1,0 +1,1 @@
+"""Trains the embedded models from nothing: `flowbench testbed build`."""

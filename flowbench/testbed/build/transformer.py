@@ -1,0 +1,114 @@
+"""Stage 3: the SD3 transformer, trained with flow matching on the VAE's latents and the frozen text towers.
+
+Training captions are noisy on purpose, as captions from the web are: a share of them is wrong in one attribute. The
+base model therefore draws what its prompt says most of the time and something close to it otherwise. That leaves the
+headroom that reward fine-tuning is for, in a model that is able to draw everything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+from ...state import load_state, save_state
+from ..world import all_captions, mutate
+from .data import draw_captions, draw_images
+from .fit import FitPlan, Progress, fit, step_generator
+
+PLAN = FitPlan("transformer", steps=14_000, lr=1.5e-3, lr_end=1e-5, warmup=300, ema=0.999, checkpoint_every=500)
+BATCH = 64
+POOL = 160_000  # latents encoded once; a pool of 25,000 repeats too soon
+WRONG_CAPTIONS = 0.25
+CAPTION_DROPOUT = 0.1
+T5_TOKENS = 1  # mini-sd3 has no T5; the pipeline puts zero tokens in its place, and one is enough
+
+
+def new_transformer(text_width: int) -> SD3Transformer2DModel:
+    """An untrained transformer of mini-sd3's shape; text_width is the width of both towers together."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=text_width,
+        caption_projection_dim=128,
+        pooled_projection_dim=text_width,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+
+
+@torch.no_grad()
+def latent_pool(vae: AutoencoderKL, work: Path, seed: int, progress: Progress, size: int = POOL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (size, 16, 8, 8) float16 of fresh scenes, and the index into `all_captions()` of each one's caption.
+
+    A share WRONG_CAPTIONS of the captions is changed in one attribute after its scene was drawn. Encoded once, then
+    read from the work folder.
+    """
+    stored = work / "latents.safetensors"
+    if stored.exists():
+        return tuple(load_state(stored))  # type: ignore[return-value]
+    captions = all_captions()
+    index = {c.text: i for i, c in enumerate(captions)}
+    device, chunk = next(vae.parameters()).device, 1000
+    latents = torch.empty(size, 16, 8, 8, dtype=torch.float16)
+    labels = torch.empty(size, dtype=torch.long)
+    for part in range(size // chunk):
+        rng = np.random.default_rng([seed, 4, part])
+        said = draw_captions(chunk, rng)
+        drawn = [mutate(c, rng) if rng.random() < WRONG_CAPTIONS else c for c in said]
+        rows = slice(part * chunk, (part + 1) * chunk)
+        with torch.autocast(device.type, torch.bfloat16):
+            z = torch.cat([vae.encode(x.to(device) * 2 - 1).latent_dist.mean for x in draw_images(drawn, rng).split(125)])
+        latents[rows] = ((z.float() - vae.config.shift_factor) * vae.config.scaling_factor).cpu().half()
+        labels[rows] = torch.tensor([index[c.text] for c in said])
+        progress("latents", (part + 1) * chunk, size, 0.0)
+    save_state(stored, [latents, labels])
+    return latents, labels
+
+
+@torch.no_grad()
+def caption_embeddings(pipeline: StableDiffusion3Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditioning of every caption of the world, with the empty prompt last: (K, tokens, width) and (K, width)."""
+    texts = [c.text for c in all_captions()] + [""]
+    states, pooled = [], []
+    for start in range(0, len(texts), 256):
+        part = texts[start : start + 256]
+        embeds, _, pool, _ = pipeline.encode_prompt(
+            part, None, None, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
+        )
+        states.append(embeds)
+        pooled.append(pool)
+    return torch.cat(states), torch.cat(pooled)
+
+
+def train_transformer(
+    pipeline: StableDiffusion3Pipeline, work: Path, seed: int, progress: Progress, plan: FitPlan = PLAN
+) -> None:
+    """Train `pipeline.transformer` in place with logit-normal sigmas, caption dropout and a weight EMA."""
+    transformer = pipeline.transformer
+    device = next(transformer.parameters()).device
+    latents, labels = latent_pool(pipeline.vae, work, seed, progress)
+    states, pooled = caption_embeddings(pipeline)
+
+    def loss(step: int) -> torch.Tensor:
+        gen = step_generator(seed + 7, step)
+        rows = torch.randint(len(latents), (BATCH,), generator=gen)
+        x0, label = latents[rows].float(), labels[rows].clone()
+        label[torch.rand(BATCH, generator=gen) < CAPTION_DROPOUT] = len(states) - 1
+        eps = torch.randn(x0.shape, generator=gen)
+        sigma = torch.sigmoid(torch.randn(BATCH, generator=gen))
+        x0, eps, sigma, label = (t.to(device) for t in (x0, eps, sigma, label))
+        s = sigma[:, None, None, None]
+        v = transformer(
+            (1 - s) * x0 + s * eps, states[label], pooled[label], timestep=sigma * 1000, return_dict=False
+        )[0]
+        return (v - (eps - x0)).square().mean()
+
+    fit(transformer, loss, plan, work, progress)

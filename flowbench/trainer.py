@@ -1,0 +1,336 @@
+"""The one loop: rollout, score, prepare, update; with its budget, checkpoints and log."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from .algorithm import Algorithm
+from .config import RunConfig
+from .errors import RunError
+from .policy import Policy
+from .prompts import Prompt
+from .reward import Reward, checked_score
+from .rollout import Batch, Loss, Rollout
+from .seeding import generator_for
+from .state import load_state, save_state
+
+CHECKPOINT = "checkpoints/last.safetensors"
+METRICS = "metrics.jsonl"
+
+
+@dataclass
+class Budget:
+    """What a run spent. seconds is wall time of training; the parts in `timings` are shares of it."""
+
+    images: int = 0
+    reward_calls: int = 0
+    function_evaluations: int = 0
+    seconds: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class IterationLog:
+    """One line of metrics.jsonl. Everything but `seconds` is reproducible."""
+
+    iteration: int
+    images: int
+    reward: float
+    reward_std: float
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Interrupted(RunError):
+    """The user stopped the run; its checkpoint is saved."""
+
+
+class Trainer:
+    """Trains a policy with an algorithm on a reward until the budget of images is spent."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: Policy,
+        algorithm: Algorithm,
+        reward: Reward,
+        prompts: tuple[Prompt, ...],
+        folder: Path,
+        on_iteration: Callable[[IterationLog], None] = lambda log: None,
+    ) -> None:
+        self.config, self.policy, self.algorithm, self.reward = config, policy, algorithm, reward
+        self.prompts, self.folder, self.on_iteration = prompts, folder, on_iteration
+        self.budget, self.iteration = Budget(), 0
+        training = config.training
+        self.images_per_iteration = training.prompts_per_iteration * training.images_per_prompt
+        self.iterations = math.ceil(training.images / self.images_per_iteration)
+        algorithm.setup(policy)
+        for network in algorithm.networks().values():
+            network.to(policy.device)
+        self.parameters = policy.trainable_parameters()
+        self.auxiliary_parameters = [p for network in algorithm.networks().values() for p in network.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=training.learning_rate,
+            betas=training.adam_betas,
+            weight_decay=training.weight_decay,
+        )
+        self.auxiliary_optimizer = (
+            torch.optim.AdamW(self.auxiliary_parameters, lr=training.auxiliary_learning_rate)
+            if self.auxiliary_parameters
+            else None
+        )
+        self.average = [p.detach().clone() for p in self.parameters] if training.ema else []
+        self._stop = False
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> Budget:
+        """Train from where the trainer stands to the end of the budget.
+
+        Raises RunError for a bad reward or loss (after saving all that was computed), Interrupted on Ctrl-C.
+        """
+        self._encode_prompts()
+        with self._catch_interrupt():
+            while self.iteration < self.iterations:
+                self._iterate()
+                if self._stop:
+                    self.save()
+                    raise Interrupted(f"interrupted after iteration {self.iteration} of {self.iterations}")
+        self.save()
+        return self.budget
+
+    def _iterate(self) -> None:
+        begun = time.perf_counter()
+        try:
+            rollout = self._collect()
+        except RunError:
+            self.save()  # nothing was updated since the last iteration
+            raise
+        batch = self.algorithm.prepare(rollout)
+        metrics = self._update(batch)
+        self.iteration += 1
+        self.budget.images += len(rollout)
+        self.budget.function_evaluations = self.policy.function_evaluations
+        seconds = time.perf_counter() - begun
+        self.budget.seconds += seconds
+        log = IterationLog(
+            iteration=self.iteration,
+            images=self.budget.images,
+            reward=rollout.reward.mean().item(),
+            reward_std=rollout.reward.std().item() if len(rollout) > 1 else 0.0,
+            metrics=metrics,
+            seconds=seconds,
+        )
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(log)) + "\n")
+        if self.iteration % self.config.training.checkpoint_every == 0:
+            self.save()
+        self.on_iteration(log)
+
+    def _collect(self) -> Rollout:
+        """Generate and score the images of one iteration."""
+        training, seed, k = self.config.training, self.config.seed, self.iteration
+        needs = self.algorithm.info.needs
+        chosen = torch.randperm(len(self.prompts), generator=generator_for(seed, "prompts", k))
+        chosen = chosen.repeat(math.ceil(training.prompts_per_iteration / len(chosen)))[: training.prompts_per_iteration]
+        group = torch.arange(len(chosen)).repeat_interleave(training.images_per_prompt)
+        prompts = tuple(self.prompts[chosen[g]].text for g in group)
+        self.policy.generator = generator_for(seed, "rollout", k)
+        with self._timed("rollout"):
+            cond = self.policy.encode(prompts)
+            samples = self.policy.rollout(
+                cond,
+                self.policy.draw_noise(len(prompts)),
+                sampler=self.policy.sampler,
+                keep_states=bool(needs & {"states", "log_prob"}),
+                weights="old" if "old" in needs else "current",
+            )
+        images = torch.cat([self._decode(part) for part in samples.x0.split(training.decode_batch)])
+        parts = zip(images.split(training.decode_batch), _split(prompts, training.decode_batch), strict=True)
+        reward = torch.cat([self._reward(part, texts) for part, texts in parts])
+        return Rollout(
+            iteration=k,
+            prompts=prompts,
+            group=group.to(self.policy.device),
+            cond=cond,
+            sigmas=samples.sigmas,
+            x0=samples.x0,
+            images=images,
+            reward=reward,
+            states=samples.states,
+            log_prob=samples.log_prob,
+        )
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        with self._timed("decode"):
+            return self.policy.decode(latents)
+
+    @torch.no_grad()
+    def _reward(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        with self._timed("reward"):
+            self.budget.reward_calls += len(prompts)
+            return checked_score(self.reward, images, prompts)
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        """Pass over the batch's rows in random minibatches; returns the means of the metrics."""
+        training, sums, counts = self.config.training, dict[str, float](), dict[str, int]()
+        self.policy.generator = generator_for(self.config.seed, "loss", self.iteration)
+        order = generator_for(self.config.seed, "minibatches", self.iteration)
+        with self._timed("update"):
+            for _ in range(training.epochs):
+                for rows in torch.randperm(len(batch), generator=order).split(training.minibatch):
+                    for name, value in self._step(batch.select(rows.to(self.policy.device))).items():
+                        sums[name] = sums.get(name, 0.0) + value
+                        counts[name] = counts.get(name, 0) + 1
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on one minibatch, accumulated over microbatches.
+
+        Raises RunError when the loss or its gradient is not finite.
+        """
+        size = self.config.training.microbatch or len(batch)
+        metrics: dict[str, float] = {}
+        updates_policy = False
+        for rows in torch.arange(len(batch), device=self.policy.device).split(size):
+            loss = self.algorithm.loss(self.policy, batch.select(rows))
+            share = len(rows) / len(batch)
+            total = _total(loss, self.algorithm.info.name)
+            (total * share).backward()
+            updates_policy |= loss.policy is not None
+            for name, value in loss.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + float(value) * share
+        if updates_policy:
+            metrics["grad_norm"] = self._clip(self.parameters)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.auxiliary_optimizer:
+            self._clip(self.auxiliary_parameters)
+            self.auxiliary_optimizer.step()
+            self.auxiliary_optimizer.zero_grad(set_to_none=True)
+        if updates_policy:
+            self.algorithm.after_update(self.policy)
+            if self.average:
+                torch._foreach_lerp_(
+                    self.average, [p.detach() for p in self.parameters], 1 - self.config.training.ema
+                )
+        return metrics
+
+    def _clip(self, parameters: list[torch.nn.Parameter]) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.max_grad_norm)
+        if not norm.isfinite():
+            raise RunError(
+                f"the gradient of '{self.algorithm.info.name}' is {norm.item()} in iteration {self.iteration + 1}; "
+                "lower training.learning_rate"
+            )
+        return norm.item()
+
+    def use_average(self) -> None:
+        """Put the averaged weights, if the run keeps them, in place of the current ones, for evaluation."""
+        for p, a in zip(self.parameters, self.average, strict=False):
+            p.data.copy_(a)
+
+    def _encode_prompts(self) -> None:
+        self.policy.encode([p.text for p in self.prompts] + [""])
+        if self.policy.device.type != "cpu":
+            self.policy.release_text_encoders()
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write everything that resuming needs; the previous checkpoint stays until the new one is complete."""
+        optimizers = [self.optimizer.state_dict()]
+        if self.auxiliary_optimizer:
+            optimizers.append(self.auxiliary_optimizer.state_dict())
+        state = {
+            "config_hash": self.config.hash(),
+            "iteration": self.iteration,
+            "budget": asdict(self.budget),
+            "policy": self.policy.state_dict(),
+            "average": self.average,
+            "optimizers": optimizers,
+            "networks": {name: n.state_dict() for name, n in self.algorithm.networks().items()},
+            "algorithm": self.algorithm.state_dict(),
+        }
+        save_state(self.folder / CHECKPOINT, state)
+
+    def resume(self) -> bool:
+        """Continue from the folder's checkpoint, if it has one; log lines after it are dropped."""
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return False
+        state = load_state(path)
+        self.iteration, self.budget = state["iteration"], Budget(**state["budget"])
+        self.policy.load_state_dict(state["policy"])
+        self.policy.function_evaluations = self.budget.function_evaluations
+        self.average = [a.to(self.policy.device) for a in state["average"]]
+        self.optimizer.load_state_dict(state["optimizers"][0])
+        if self.auxiliary_optimizer:
+            self.auxiliary_optimizer.load_state_dict(state["optimizers"][1])
+        for name, network in self.algorithm.networks().items():
+            network.load_state_dict(state["networks"][name])
+        self.algorithm.load_state_dict(state["algorithm"])
+        log = self.folder / METRICS
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
+        log.write_text("".join(lines[: self.iteration]), encoding="utf-8")
+        return True
+
+    # --- timing and interruption ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.policy.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.budget.timings[part] = self.budget.timings.get(part, 0.0) + time.perf_counter() - begun
+
+    @contextmanager
+    def _catch_interrupt(self) -> Iterator[None]:
+        """The first Ctrl-C ends the run after the current iteration, the second one at once."""
+
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        try:
+            previous = signal.signal(signal.SIGINT, request_stop)
+        except ValueError:  # not in the main thread: signals stay as they are
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _total(loss: Loss, name: str) -> torch.Tensor:
+    parts = [part for part in (loss.policy, loss.auxiliary) if part is not None]
+    if not parts:
+        raise RunError(f"the loss of '{name}' has neither a policy nor an auxiliary part")
+    if any(part.ndim != 1 for part in parts):
+        raise RunError(f"the loss of '{name}' has shape {tuple(parts[0].shape)}; it must be one value per row")
+    total = torch.stack([part.mean() for part in parts]).sum()
+    if not total.isfinite():
+        raise RunError(f"the loss of '{name}' is {total.item()}; lower training.learning_rate or check the rewards' scale")
+    return total
+
+
+def _split(prompts: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]

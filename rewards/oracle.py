@@ -1,0 +1,31 @@
+"""The truth of the world of shapes, as a reward."""
+
+from __future__ import annotations
+
+import torch
+
+from flowbench.errors import RunError
+from flowbench.reward import Reward, register_reward
+
+
+@register_reward(
+    "oracle",
+    source="flowbench testbed (flowbench/testbed/oracle.py)",
+    licence="Apache-2.0",
+    range=(0.0, 1.0),
+    differentiable=False,
+    truth=True,
+)
+class Oracle(Reward):
+    """Mean of the oracle's soft and exact verdicts; only for prompts of the world of shapes."""
+
+    def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        from flowbench.testbed.oracle import judge_images
+        from flowbench.testbed.world import parse
+
+        try:
+            captions = [parse(p) for p in prompts]
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        verdicts = judge_images(images.detach().cpu().numpy(), captions)
+        return torch.tensor([(v.soft + v.exact) / 2 for v in verdicts])
