@@ -62,7 +62,8 @@ class AcFlow(Algorithm["AcFlow.Config"]):
 
     def setup(self, policy: Policy) -> None:
         super().setup(policy)
-        self.scale, self.iteration = None, 0
+        self.scale: float | None = None
+        self.iteration = 0
         if self.cfg.critic != "none":
             # Imported here because it needs torch's classes; see flowbench.lazy.
             from flowbench.critic import StateCritic

@@ -28,7 +28,9 @@ class Ddpo(Algorithm["Ddpo.Config"]):
     class Config(AlgorithmConfig):
         clip_range: float = Field(1e-4, gt=0, description="eps; reference code")
         advantage_clip: float = Field(5.0, gt=0, description="bound on |A|; reference code")
-        steps_per_image: int | None = Field(None, ge=1, description="sampler steps per image in the update; null is all")
+        steps_per_image: int | None = Field(
+            None, ge=1, description="sampler steps per image in the update; null is all"
+        )
 
     cfg: Config
 
@@ -44,8 +46,9 @@ class Ddpo(Algorithm["Ddpo.Config"]):
         return batch.select(chosen.flatten())
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        step = policy.transition(batch.x, batch.sigma, batch.sigma_next, batch.cond)
-        log_ratio = (gaussian_log_prob(batch.x_next, step) - batch.log_prob_old) / batch.x0[0].numel()
+        taken = batch.transition()
+        step = policy.transition(taken.x, taken.sigma, taken.sigma_next, batch.cond)
+        log_ratio = (gaussian_log_prob(taken.x_next, step) - taken.log_prob_old) / batch.x0[0].numel()
         rho = log_ratio.exp()
         clipped = rho.clamp(1 - self.cfg.clip_range, 1 + self.cfg.clip_range)
         loss = torch.maximum(-batch.advantage * rho, -batch.advantage * clipped)

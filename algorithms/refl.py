@@ -39,11 +39,12 @@ class Refl(Algorithm["Refl.Config"]):
         return visited(rollout, rollout.reward, step)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        v = policy.guided_velocity(batch.x, batch.sigma, batch.cond)
-        x0_hat = predict_x0(batch.x, v, batch.sigma)
+        x, sigma = batch.state()
+        v = policy.guided_velocity(x, sigma, batch.cond)
+        x0_hat = predict_x0(x, v, sigma)
         reward = self.score(policy.decode(x0_hat), batch.prompts)
         loss = self.cfg.scale * (self.cfg.margin - reward).relu()
         if self.cfg.alpha:
-            v_ref = policy.guided_velocity(batch.x, batch.sigma, batch.cond, weights="reference")
+            v_ref = policy.guided_velocity(x, sigma, batch.cond, weights="reference")
             loss = loss + self.cfg.alpha * velocity_error(v, v_ref)
         return Loss(loss, metrics={"reward_x0_hat": reward.mean()})

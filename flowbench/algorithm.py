@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from .errors import RunError
 from .registry import AlgorithmInfo, register_algorithm
 from .rollout import Batch, Loss, Rollout, endpoints, transitions, visited
 
 if TYPE_CHECKING:
     from .policy import Policy
 
-RewardFunction = Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]
+RewardFunction: TypeAlias = "Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]"
 
 
 class AlgorithmConfig(BaseModel):
@@ -24,6 +25,11 @@ class AlgorithmConfig(BaseModel):
 
 
 C = TypeVar("C", bound=AlgorithmConfig)
+
+
+def no_score(images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+    """Stands in for the reward of an algorithm that was built without one."""
+    raise RunError("this algorithm was built without a reward")
 
 
 class Algorithm(Generic[C]):
@@ -36,12 +42,12 @@ class Algorithm(Generic[C]):
     info: ClassVar[AlgorithmInfo]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
 
-    def __init__(self, config: C, score: RewardFunction | None = None) -> None:
+    def __init__(self, config: C, score: RewardFunction = no_score) -> None:
         self.cfg = config
         self.score = score
 
     def setup(self, policy: Policy) -> None:
-        """Build networks of its own or ask the policy for a weight view; called once, before anything is loaded back."""
+        """Build networks of its own or ask the policy for a weight view; called once, before a checkpoint is loaded."""
         self.policy = policy
 
     def prepare(self, rollout: Rollout) -> Batch:

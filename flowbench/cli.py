@@ -23,7 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Benchmark of reward fine-tuning for flow-matching text-to-image models.",
 )
-testbed = typer.Typer(no_args_is_help=True, help="The embedded world of shapes: build, show, path.", rich_markup_mode=None)
+testbed = typer.Typer(
+    no_args_is_help=True, help="The embedded world of shapes: build, show, path.", rich_markup_mode=None
+)
 app.add_typer(testbed, name="testbed")
 
 ModelOption = Annotated[str, typer.Option(help="Model preset, or a preset's YAML file.")]
@@ -68,7 +70,7 @@ def run(
         model or plain["model"] or _DEFAULT_MODEL,
         overrides=overrides,
         seed=seed if seed is not None else plain["seed"] or 0,
-        device=device,
+        device=device if device != "auto" else plain["device"] or "auto",
     )
     from . import display
 
@@ -86,7 +88,9 @@ def run(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override evaluation.* settings.")] = [],  # noqa: B006
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override evaluation.* settings.")
+    ] = [],  # noqa: B006
     device: DeviceOption = "auto",
     plugin: PluginOption = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
@@ -172,7 +176,9 @@ def doctor() -> None:
 @testbed.command("build")
 def testbed_build(
     output: Annotated[Path | None, typer.Option(help="Folder for the weights; default: inside the package.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder of checkpoints; a build continues from them.")] = Path(".cache/testbed"),
+    work: Annotated[Path, typer.Option(help="Folder of checkpoints; a build continues from them.")] = Path(
+        ".cache/testbed"
+    ),
     only: Annotated[list[str], typer.Option("--only", help="vae, text, transformer or clip; default: all.")] = [],  # noqa: B006
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: DeviceOption = "auto",
@@ -217,7 +223,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Options that stand before a command."""
 

@@ -1,4 +1,4 @@
-"""The frozen, validated configuration of a run. Unknown keys and wrong types are errors that suggest the nearest key."""
+"""The frozen, validated configuration of a run; unknown keys and wrong types are errors that name the nearest key."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class TrainingConfig(_Section):
     sampler: str = Field("ode", description="sampler of training rollouts")
     eta: float = Field(0.7, ge=0, description="noise level of a stochastic sampler")
     sigma_distribution: Literal["logit-normal", "uniform", "sampler"] = "logit-normal"
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the average of the tuned weights that is evaluated; 0 is none")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the average of the tuned weights that is evaluated; 0 is none"
+    )
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
 
 
@@ -101,16 +103,17 @@ def resolve_config(
             hint = did_you_mean(section, sections) if dot else f"; write section.key, with {', '.join(sections)}"
             raise UsageError(f"unknown setting '{key}'{hint}")
         sections[section][name] = value
-    config = RunConfig(
-        algorithm=algorithm,
-        reward=reward,
-        model=model,
-        seed=seed,
-        device=device,
-        training=_validate(TrainingConfig, "training", sections["training"]),
-        evaluation=_validate(EvaluationConfig, "evaluation", sections["evaluation"]),
-        hyperparameters=_validate(plugin.cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
-    )
+    values = {
+        "algorithm": algorithm,
+        "reward": reward,
+        "model": model,
+        "seed": seed,
+        "device": device,
+        "training": _validate(TrainingConfig, "training", sections["training"]),
+        "evaluation": _validate(EvaluationConfig, "evaluation", sections["evaluation"]),
+        "hyperparameters": _validate(plugin.cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
+    }
+    config: RunConfig = _validate(RunConfig, "", values)
     _check_needs(plugin.info.needs, config, reward_plugin.info.differentiable)
     return config
 
@@ -139,9 +142,10 @@ def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> A
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        full = f"{section}.{name}".lstrip(".")
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"unknown setting '{section}.{name}'{did_you_mean(name, model.model_fields)}") from error
-        raise UsageError(f"setting '{section}.{name}' = {first['input']!r}: {first['msg'].lower()}") from error
+            raise UsageError(f"unknown setting '{full}'{did_you_mean(name, model.model_fields)}") from error
+        raise UsageError(f"setting '{full}' = {first['input']!r}: {first['msg'].lower()}") from error
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -189,7 +193,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         if isinstance(value, dict) and section in SECTIONS:
             flat |= {f"{section}.{name}": _number(v) for name, v in value.items()}
         elif key in plain or key == "algorithm":
-            flat[key] = value
+            flat[key] = value if key == "seed" or value is None else str(value)
         else:
             raise UsageError(f"unknown key '{key}' in '{path}'{did_you_mean(str(key), [*SECTIONS, *plain])}")
     return flat

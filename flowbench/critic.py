@@ -14,6 +14,8 @@ class StateCritic(nn.Module):
     Inputs x (R, C, h, w), sigma (R,) in [0, 1], pooled text embedding (R, D); output (R,).
     """
 
+    frequency: torch.Tensor
+
     def __init__(self, channels: int, text_width: int, width: int = 64, grid: int = 4) -> None:
         super().__init__()
         self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width), nn.SiLU())
@@ -26,6 +28,7 @@ class StateCritic(nn.Module):
             nn.Conv2d(width, width, 3, stride=2, padding=1),
         )
         self.gain = nn.Linear(2 * width, 2 * width)
+        last = nn.Linear(2 * width, 1)
         self.head = nn.Sequential(
             nn.Linear(width * grid * grid + 2 * width, 2 * width),
             nn.LayerNorm(2 * width),
@@ -33,19 +36,21 @@ class StateCritic(nn.Module):
             nn.Linear(2 * width, 2 * width),
             nn.LayerNorm(2 * width),
             nn.SiLU(),
-            nn.Linear(2 * width, 1),
+            last,
         )
         # Start from V = 0: an untrained critic leaves the shaped reward as it is.
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(8), persistent=False)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """V(x_sigma, sigma, c), (R,)."""
         phase = sigma.float()[:, None] * self.frequency
         condition = torch.cat([self.text(pooled.float()), self.noise(torch.cat([phase.sin(), phase.cos()], 1))], 1)
         scale, shift = self.gain(condition)[:, :, None, None].chunk(2, dim=1)
         features = torch.nn.functional.silu(self.conv(x.float()) * (1 + scale) + shift).flatten(1)
-        return self.head(torch.cat([features, condition], 1))[:, 0]
+        value: torch.Tensor = self.head(torch.cat([features, condition], 1))[:, 0]
+        return value
 
 
 def explained_variance(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

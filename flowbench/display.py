@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -90,6 +91,7 @@ class EvaluationProgress(_Live):
     """A bar for `evaluate`."""
 
     def __call__(self, done: int, total: int) -> None:
+        """Images done, of all images."""
         self.show("evaluating", done, total)
 
 
@@ -97,6 +99,7 @@ class BuildProgress(_Live):
     """A bar for each stage of `testbed build`."""
 
     def __call__(self, stage: str, done: int, total: int, loss: float) -> None:
+        """Steps done of a stage, and its loss."""
         self.show(stage, done, total, f"loss {loss:.4f}" if loss else "")
 
 
@@ -116,39 +119,78 @@ def dry_run(config: RunConfig) -> None:
 def scores(record: Record, folder: Path) -> None:
     """The table that ends a run, and where everything lies."""
     b = record.budget
-    score_table(record.scores, record.reward, f"{record.algorithm} on {record.reward}, {record.model}, seed {record.seed}")
+    score_table(
+        record.scores, record.reward, f"{record.algorithm} on {record.reward}, {record.model}, seed {record.seed}"
+    )
     console.print(
         f"{b.images} images, {b.reward_calls} reward calls, {b.function_evaluations} function evaluations, "
-        f"{b.seconds:.0f} s training + {b.evaluation_seconds:.0f} s evaluation, peak {b.peak_memory_mb / 1024:.2f} GB"
+        f"{b.seconds:.0f} s training + {b.evaluation_seconds:.0f} s evaluation, peak {b.peak_memory_mb / 1024:.2f} GB",
+        soft_wrap=True,
     )
     console.print(f"{folder}: record.json, curves.png, samples/, checkpoints/tuned/", highlight=False, soft_wrap=True)
 
 
 def score_table(values: Mapping[str, Score], reward: str, title: str) -> None:
-    """Base, tuned and difference with its interval, per metric and split; the oracle's per category below."""
-    table = Table(title=title, title_justify="left")
-    for heading in ("metric", "split", "base", "tuned", "difference", "95 % interval"):
-        table.add_column(heading, justify="left" if heading in ("metric", "split") else "right")
-    plain = [k for k in values if k.count("/") == 1]
-    nested = [k for k in values if k.count("/") == 2]
-    for key in [*plain, *nested]:
-        metric, split, *category = key.split("/")
-        s = values[key]
+    """Base, tuned and difference with its interval per metric and split; then the oracle's verdicts per category."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", no_wrap=True, max_width=22)
+    table.add_column("split", no_wrap=True)
+    for heading in ("base", "tuned", "change", "95 % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    plain = [key.split("/") for key in values if key.count("/") == 1]
+    trained_on = CATEGORY_METRICS if reward == "oracle" else (reward,)
+    for metric, split in sorted(plain, key=lambda pair: list(dict.fromkeys(m for m, _ in plain)).index(pair[0])):
+        s = values[f"{metric}/{split}"]
         low, high = s.diff_ci95
-        name = "  " + category[0] + " " + metric.removeprefix("oracle_") if category else metric
-        note = " (trained on)" if metric == reward or (reward == "oracle" and metric in CATEGORY_METRICS) else ""
-        color = "green" if low > 0 else "red" if high < 0 else ""
-        difference = f"{s.tuned - s.base:+.4f}"
         table.add_row(
-            name + note,
-            split,
-            f"{s.base:.4f}",
-            f"{s.tuned:.4f}",
-            f"[{color}]{difference}[/]" if color and metric != "w2" else difference,
-            f"[{low:+.4f}, {high:+.4f}]",
-            end_section=key == plain[-1],
+            f"{metric} *" if metric in trained_on else metric,
+            _short(split),
+            _number(s.base),
+            _number(s.tuned),
+            _colored(_number(s.tuned - s.base, "+"), s, plain=metric == "w2"),
+            f"{_number(low, '+')}, {_number(high, '+')}",
         )
     console.print(table)
+    console.print("* trained on; intervals: 95 % bootstrap over prompts", highlight=False)
+    if any(key.count("/") == 2 for key in values):
+        console.print(_category_table(values))
+
+
+def _category_table(values: Mapping[str, Score]) -> Table:
+    """Categories as rows; per split the oracle's exact verdicts, and the soft ones if the terminal is wide enough."""
+    keys = [key.split("/") for key in values if key.count("/") == 2]
+    splits_, categories = (list(dict.fromkeys(key[i] for key in keys)) for i in (1, 2))
+    metrics = [m for m in CATEGORY_METRICS if any(key[0] == m for key in keys)]
+    if console.width < 10 + 22 * len(splits_) * len(metrics):
+        metrics = metrics[:1]
+    table = Table(title="oracle per category", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("category", no_wrap=True)
+    columns = [(m, s) for s in splits_ for m in metrics]
+    for metric, split in columns:
+        table.add_column(f"{_short(split)} {metric.removeprefix('oracle_')}", no_wrap=True)
+    for category in categories:
+        cells = [values.get(f"{metric}/{split}/{category}") for metric, split in columns]
+        table.add_row(category, *(_change(s) if s else "" for s in cells))
+    return table
+
+
+def _change(s: Score) -> str:
+    return f"{s.base:.2f} -> {s.tuned:.2f} " + _colored(f"{s.tuned - s.base:+.2f}", s)
+
+
+def _colored(text: str, s: Score, plain: bool = False) -> str:
+    """Green or red when the interval of the difference lies on one side of zero."""
+    low, high = s.diff_ci95
+    color = "" if plain else "green" if low > 0 else "red" if high < 0 else ""
+    return f"[{color}]{text}[/]" if color else text
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if abs(value) < 10 else f"{value:{sign}.2f}"
+
+
+def _short(split: str) -> str:
+    return split if len(split) <= 8 else f"{split[:4]}."
 
 
 def listing(what: str, output: Path) -> None:

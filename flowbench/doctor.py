@@ -56,6 +56,8 @@ def _reward(part: str, arguments: dict[str, object]) -> Finding:
     from huggingface_hub import try_to_load_from_cache
 
     repository = str(open_clip.get_pretrained_cfg(model, str(tag)).get("hf_hub", "")).strip("/")
+    if repository and Path(resolve_weights(repository)).is_dir():
+        return Finding(part, True, f"{model} {tag}, below FLOWBENCH_WEIGHTS")
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     if repository and any(isinstance(try_to_load_from_cache(repository, n), str) for n in names):
         return Finding(part, True, f"{model} {tag}")

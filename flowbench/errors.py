@@ -15,7 +15,7 @@ class RunError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """"; did you mean 'x'?" for the nearest known name, else the list of what there is."""
+    """ "; did you mean 'x'?" for the nearest known name, else the list of what there is."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names) or 'none'}"

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from .errors import UsageError, did_you_mean
 
-Sigma = torch.Tensor | float
+Sigma: TypeAlias = "torch.Tensor | float"
 
 
 def expand(sigma: Sigma, like: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class Cell:
     ci95: tuple[float, float] | None
 
     def text(self, signed: bool = True) -> str:
-        """"+0.083 [+0.071, +0.094]"."""
+        """ "+0.083 [+0.071, +0.094]"."""
         form = "{:+.3f}" if signed else "{:.3f}"
         interval = f" [{form}, {form}]".format(*self.ci95) if self.ci95 else ""
         return form.format(self.mean) + interval
@@ -59,7 +59,9 @@ def rows(records: Sequence[Record], split: str) -> list[Row]:
     groups: dict[tuple[str, str, int, str, str, str], list[Record]] = {}
     for r in records:
         if any(key.endswith(f"/{split}") for key in r.scores):
-            groups.setdefault((r.model, r.reward, r.budget.images, r.protocol_hash, r.algorithm, r.config_hash), []).append(r)
+            groups.setdefault(
+                (r.model, r.reward, r.budget.images, r.protocol_hash, r.algorithm, r.config_hash), []
+            ).append(r)
     if not groups:
         known = sorted({key.split("/")[1] for r in records for key in r.scores})
         raise UsageError(f"no record has the split '{split}'; there are: {', '.join(known)}")
@@ -125,18 +127,20 @@ LEGEND = (
 )
 
 
+CSV_COLUMNS = (
+    *("model", "reward", "algorithm", "config_hash", "protocol_hash", "seeds", "images"),
+    *("metric", "gain", "low", "high", "seconds"),
+)
+
+
 def to_csv(table: Sequence[Row]) -> str:
     """One line per row and metric, numbers unrounded."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["model", "reward", "algorithm", "config_hash", "protocol_hash", "seeds", "images", "metric", "gain", "low", "high", "seconds"]
-    )
+    writer.writerow(CSV_COLUMNS)
     for row in table:
+        run = [row.model, row.reward, row.algorithm, row.config_hash, row.protocol, row.seeds, row.images]
         for metric, cell in row.gains.items():
             low, high = cell.ci95 or ("", "")
-            writer.writerow(
-                [row.model, row.reward, row.algorithm, row.config_hash, row.protocol, row.seeds, row.images, metric, cell.mean]
-                + [low, high, row.seconds]
-            )
+            writer.writerow([*run, metric, cell.mean, low, high, row.seconds])
     return buffer.getvalue()

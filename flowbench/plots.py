@@ -10,7 +10,14 @@ import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-SHOWN_METRICS = ("w2", "fit", "critic_loss", "explained_variance_0.66", "explained_variance_0.33", "effective_sample_size")
+SHOWN_METRICS = (
+    "w2",
+    "fit",
+    "critic_loss",
+    "explained_variance_0.66",
+    "explained_variance_0.33",
+    "effective_sample_size",
+)
 
 
 def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:
@@ -23,7 +30,9 @@ def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]
     for axis, (title, images) in zip(axes, columns.items(), strict=True):
         padded = np.ones((rows, n, height + 2, width + 2, 3), dtype=np.float32)
         padded[:, :, 1:-1, 1:-1] = images.clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
-        axis.imshow(padded.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), n * (width + 2), 3), interpolation="nearest")
+        axis.imshow(
+            padded.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), n * (width + 2), 3), interpolation="nearest"
+        )
         axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -48,7 +57,9 @@ def learning_curves(path: Path, lines: list[dict], title: str) -> None:
     axes[0].plot(images, _smooth(reward), color="tab:blue")
     axes[0].set(title=title, xlabel="images", ylabel="reward (training prompts)")
     for axis, metric in zip(axes[1:], shown, strict=True):
-        points = [(i, line["metrics"][metric]) for i, line in zip(images, lines, strict=True) if metric in line["metrics"]]
+        points = [
+            (i, line["metrics"][metric]) for i, line in zip(images, lines, strict=True) if metric in line["metrics"]
+        ]
         axis.plot(*zip(*points, strict=True), color="tab:gray", linewidth=1)
         axis.set(title=metric.replace("_", " "), xlabel="images")
     for axis in axes:

@@ -6,19 +6,21 @@ import copy
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from .errors import RunError, UsageError
 from .flow import SAMPLERS, Sampler, Step, gaussian_log_prob, get_sampler, interpolate
+from .lazy import no_grad
 from .presets import ModelPreset
 from .rollout import Conditioning
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 LORA_TARGETS = [
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -68,13 +70,14 @@ class Policy:
         pipeline: StableDiffusion3Pipeline,
         preset: ModelPreset,
         tuning: Tuning = Tuning(),
-        device: torch.device = torch.device("cpu"),
+        device: torch.device | None = None,
         sigma_distribution: str = "logit-normal",
         sampler: str = "ode",
         eta: float = 0.7,
         gradient_checkpointing: bool = False,
     ) -> None:
-        self.pipeline, self.preset, self.tuning, self.device = pipeline, preset, tuning, device
+        self.pipeline, self.preset, self.tuning = pipeline, preset, tuning
+        self.device = device = device or torch.device("cpu")
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
         self.function_evaluations = 0
@@ -85,9 +88,9 @@ class Policy:
         self._copies: dict[str, torch.nn.Module] = {}
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()
-        self.transformer: torch.nn.Module = pipeline.transformer.to(device)
-        self.vae = pipeline.vae.to(device)
+                part.requires_grad_(False).eval().to(device)
+        self.transformer: SD3Transformer2DModel = pipeline.transformer
+        self.vae = pipeline.vae
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if tuning.kind == "lora":
@@ -100,7 +103,7 @@ class Policy:
 
     # --- text -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @no_grad
     def encode(self, prompts: Iterable[str]) -> Conditioning:
         """Conditioning of these prompts; each different text is encoded once and kept."""
         prompts = list(prompts)
@@ -139,7 +142,7 @@ class Policy:
     def velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current"
     ) -> torch.Tensor:
-        """v(x_sigma, sigma, c) without guidance; x (R, C, h, w), sigma (R,). Views other than "current" have no gradient.
+        """v(x_sigma, sigma, c) without guidance; x (R, C, h, w), sigma (R,). Only the view "current" has a gradient.
 
         Raises UsageError for a view that nobody asked for.
         """
@@ -191,11 +194,11 @@ class Policy:
             self._copies[name] = copy.deepcopy(self.transformer).requires_grad_(False)
         self.update_view(name, decay=0.0)
 
-    @torch.no_grad()
+    @no_grad
     def update_view(self, name: str, decay: float) -> None:
         """view = decay * view + (1 - decay) * current."""
-        view, current = self._view_parameters(name), self.trainable_parameters()
-        torch._foreach_lerp_(view, [p.detach() for p in current], 1.0 - decay)
+        view: list[torch.Tensor] = [*self._view_parameters(name)]
+        torch._foreach_lerp_(view, [p.detach() for p in self.trainable_parameters()], 1.0 - decay)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer trains, in a fixed order."""
@@ -210,7 +213,7 @@ class Policy:
             state["old"] = [p.detach() for p in self._view_parameters("old")]
         return state
 
-    @torch.no_grad()
+    @no_grad
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         for p, saved in zip(self.trainable_parameters(), state["current"], strict=True):
@@ -237,9 +240,7 @@ class Policy:
         return name in self._copies or bool(self.tuning.kind == "lora" and self._adapter_parameters(name))
 
     def _view_parameters(self, name: str) -> list[torch.nn.Parameter]:
-        params = (
-            self._adapter_parameters(name) if self.tuning.kind == "lora" else list(self._copies[name].parameters())
-        )
+        params = self._adapter_parameters(name) if self.tuning.kind == "lora" else list(self._copies[name].parameters())
         if not params:
             raise UsageError(f"weight view '{name}' does not exist; call policy.add_view('{name}') in setup")
         return params
@@ -304,7 +305,7 @@ class Policy:
         sigma = sigma.to(self.device)
         return Renoised(interpolate(x0, eps, sigma), sigma, eps - x0)
 
-    @torch.no_grad()
+    @no_grad
     def rollout(
         self,
         cond: Conditioning,
@@ -319,7 +320,7 @@ class Policy:
         x = noise
         sigmas = self.sigmas(num_steps or self.preset.num_steps)
         states, log_probs = [x], []
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in pairwise(sigmas):
             v = self.guided_velocity(x, sigma.expand(len(x)), cond, weights)
             step = sampler.step(x, v, sigma, sigma_next, self.eta)
             x = step.mean
@@ -351,7 +352,7 @@ class Policy:
         config = self.vae.config
         z = (latents / config.scaling_factor + config.shift_factor).to(next(self.vae.parameters()).dtype)
         if torch.is_grad_enabled() and z.requires_grad and z.is_cuda:
-            image = checkpoint(self._decode, z, use_reentrant=False)
+            image = torch.utils.checkpoint.checkpoint(self._decode, z, use_reentrant=False)
         else:
             image = self._decode(z)
         return (image.float() / 2 + 0.5).clamp(0, 1)
@@ -399,13 +400,14 @@ def load_pipeline(preset: ModelPreset, device: torch.device) -> StableDiffusion3
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
     absent = {} if preset.has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     source = preset.resolve_source()
     try:
         return StableDiffusion3Pipeline.from_pretrained(
-            source, revision=preset.revision, torch_dtype=dtype, use_safetensors=True, **absent
+            source, revision=preset.revision, dtype=dtype, use_safetensors=True, **absent
         )
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise RunError(f"model '{preset.name}' cannot be loaded from '{source}': {first}; {preset.remedy}") from error
+    except (OSError, ValueError) as error:  # diffusers raises ValueError for a folder that does not exist
+        reason = shorten(str(error), 140, placeholder=" ...")
+        raise RunError(f"model '{preset.name}' cannot be loaded from '{source}': {reason}; {preset.remedy}") from error

@@ -76,11 +76,15 @@ class Registry(Generic[T, Info]):
 
         Raises UsageError for a name that another class already has.
         """
-        other = self.loaded.get(plugin.info.name)
-        if other and (other.cls.__module__, other.cls.__qualname__) != (plugin.cls.__module__, plugin.cls.__qualname__):
+        name, cls = plugin.info.name, plugin.cls
+        other = self.loaded.get(name)
+        taken = {other.cls.__module__} if other and _identity(other.cls) != _identity(cls) else set()
+        # Nor may a plug-in file shadow an installed one that is not loaded yet.
+        taken |= {p.module for p in self._points() if p.name == name and _package(p.module) != _package(cls.__module__)}
+        if taken:
             raise UsageError(
-                f"{self.kind} '{plugin.info.name}' is defined twice: in {other.cls.__module__} and in "
-                f"{plugin.cls.__module__}; rename one"
+                f"{self.kind} '{name}' is defined twice: in {' and in '.join(sorted(taken))} and in {cls.__module__}; "
+                "rename one"
             )
         self.loaded[plugin.info.name] = plugin
 
@@ -98,11 +102,16 @@ class Registry(Generic[T, Info]):
             if not points:
                 raise UsageError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
             if len({p.value for p in points}) > 1:
-                raise UsageError(f"{self.kind} '{name}' is claimed by {' and '.join(p.value for p in points)}; uninstall one")
+                raise UsageError(
+                    f"{self.kind} '{name}' is claimed by {' and '.join(p.value for p in points)}; uninstall one"
+                )
             try:
                 points[0].load()
-            except ImportError as error:
-                raise UsageError(f"{self.kind} '{name}' ({points[0].value}) cannot be imported: {error}") from error
+            except UsageError:
+                raise
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+                raise UsageError(f"{self.kind} '{name}' ({points[0].value}) cannot be imported: {fault}") from error
             if name not in self.loaded:
                 raise UsageError(f"entry point '{name}' ({points[0].value}) registers no {self.kind} of that name")
         return self.loaded[name]
@@ -116,6 +125,14 @@ rewards: Registry[Reward, RewardInfo] = Registry("reward", "flowbench.rewards")
 
 A = TypeVar("A", bound="type[Algorithm]")
 R = TypeVar("R", bound="type[Reward]")
+
+
+def _identity(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _summary(cls: type) -> str:
@@ -178,4 +195,6 @@ def load_plugin_file(path: Path) -> None:
     except Exception as error:
         raise UsageError(f"plug-in file '{path}' fails on import: {type(error).__name__}: {error}") from error
     if before == set(algorithms.loaded) | {f"reward {n}" for n in rewards.loaded}:
-        raise UsageError(f"plug-in file '{path}' registers nothing; decorate a class with register_algorithm or register_reward")
+        raise UsageError(
+            f"plug-in file '{path}' registers nothing; decorate a class with register_algorithm or register_reward"
+        )

@@ -11,7 +11,7 @@ from .registry import RewardInfo, register_reward
 
 
 class Reward:
-    """Base class. Subclasses implement `load` and `score`; keyword arguments of __init__ come from the model's preset."""
+    """Base class. Subclasses implement `load` and `score`; the model's preset gives the arguments of __init__."""
 
     info: ClassVar[RewardInfo]
 
@@ -40,11 +40,16 @@ def checked_score(reward: Reward, images: torch.Tensor, prompts: tuple[str, ...]
         raise RunError(f"reward '{name}' was given {len(images)} images for {len(prompts)} prompts")
     scores = torch.as_tensor(reward.score(images, prompts)).float().to(images.device)
     if scores.shape != (len(images),):
-        raise RunError(f"reward '{name}' returned shape {tuple(scores.shape)} for {len(images)} images; expected ({len(images)},)")
+        raise RunError(
+            f"reward '{name}' returned shape {tuple(scores.shape)} for {len(images)} images; expected ({len(images)},)"
+        )
     bad = ~scores.isfinite()
     if bad.any():
         i = int(bad.nonzero()[0])
-        raise RunError(f"reward '{name}' is {scores[i].item()} for the prompt {prompts[i]!r}; check the reward model's weights and precision")
+        raise RunError(
+            f"reward '{name}' is {scores[i].item()} for the prompt {prompts[i]!r}; "
+            "check the reward model's weights and precision"
+        )
     return scores
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .errors import RunError
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -77,15 +79,41 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (R, C, h, w) and sigma (R,) of rows made by `visited` or `transitions`.
+
+        Raises RunError for rows that have none.
+        """
+        if self.x is None or self.sigma is None:
+            raise RunError("these rows have no state; make them with visited() or transitions()")
+        return self.x, self.sigma
+
+    def transition(self) -> Transition:
+        """The sampler steps of rows made by `transitions`.
+
+        Raises RunError for rows that have none.
+        """
+        x, sigma = self.state()
+        if self.x_next is None or self.sigma_next is None or self.log_prob_old is None:
+            raise RunError("these rows are no transitions; make them with transitions()")
+        return Transition(x, self.x_next, sigma, self.sigma_next, self.log_prob_old)
+
     def select(self, rows: torch.Tensor) -> Batch:
         """The batch of these rows."""
-        chosen = {
-            name: value[rows]
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
+        chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         prompts = tuple(self.prompts[i] for i in rows.tolist())
         return replace(self, prompts=prompts, cond=self.cond.select(rows), **chosen)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """R steps of a sampler: from x to x_next (R, C, h, w), from sigma to sigma_next (R,), with log_prob_old (R,)."""
+
+    x: torch.Tensor
+    x_next: torch.Tensor
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    log_prob_old: torch.Tensor
 
 
 def endpoints(rollout: Rollout, advantage: torch.Tensor, copies: int = 1) -> Batch:
@@ -107,7 +135,8 @@ def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
 
     Steps without noise (the ODE part of a mixed sampler) have no density and are left out.
     """
-    assert rollout.states is not None and rollout.log_prob is not None
+    assert rollout.states is not None
+    assert rollout.log_prob is not None
     b, t = rollout.log_prob.shape
     image = torch.arange(b, device=rollout.x0.device).repeat_interleave(t)
     step = torch.arange(t, device=rollout.x0.device).repeat(b)

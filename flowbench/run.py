@@ -24,7 +24,7 @@ from .evaluation.statistics import mean_ci95
 from .plots import learning_curves, sample_grid
 from .policy import Policy, Tuning, load_pipeline
 from .presets import ModelPreset, load_preset
-from .prompts import PromptSplit, load_split
+from .prompts import PromptSplit, load_split, spread
 from .record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from .registry import algorithms, rewards
 from .reward import Reward, checked_score
@@ -44,7 +44,7 @@ class Listener:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is a GPU if there is one.
+    """ "auto" is a GPU if there is one.
 
     Raises UsageError for a device that torch cannot use here.
     """
@@ -60,7 +60,7 @@ def pick_device(name: str) -> torch.device:
 
 def run_folder(output: Path, config: RunConfig) -> Path:
     """runs/<model>/<reward>/<algorithm>/<config-hash>-s<seed>."""
-    model = Path(config.model).stem
+    model = load_preset(config.model).name
     return output / model / config.reward / config.algorithm / f"{config.hash()}-s{config.seed}"
 
 
@@ -112,7 +112,9 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     Raises UsageError when it already holds a finished run, or an unfinished one without `resume`.
     """
     if (folder / DONE).exists():
-        raise UsageError(f"this run is finished: {folder}; change --seed or a setting, or delete the folder to repeat it")
+        raise UsageError(
+            f"this run is finished: {folder}; change --seed or a setting, or delete the folder to repeat it"
+        )
     if (folder / CHECKPOINT).exists() and not resume:
         raise UsageError(f"an unfinished run is in {folder}; add --resume to continue it, or delete the folder")
     if not resume and folder.exists():
@@ -137,6 +139,8 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     if resume:
         trainer.resume()
     listener.on_start(trainer.iteration, trainer.iterations)
+    if device.type != "cpu":  # now, because training moves the text encoders off the device
+        policy.encode([p.text for split in splits for p in spread(split, config.evaluation.prompts)])
     budget = trainer.run()
     trainer.use_average()
     policy.save(folder / "checkpoints" / "tuned")

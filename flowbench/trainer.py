@@ -51,7 +51,7 @@ class IterationLog:
     seconds: float
 
 
-class Interrupted(RunError):
+class RunInterruptedError(RunError):
     """The user stopped the run; its checkpoint is saved."""
 
 
@@ -98,7 +98,7 @@ class Trainer:
     def run(self) -> Budget:
         """Train from where the trainer stands to the end of the budget.
 
-        Raises RunError for a bad reward or loss (after saving all that was computed), Interrupted on Ctrl-C.
+        Raises RunError for a bad reward or loss (after saving all that was computed), RunInterruptedError on Ctrl-C.
         """
         self._encode_prompts()
         with self._catch_interrupt():
@@ -106,7 +106,10 @@ class Trainer:
                 self._iterate()
                 if self._stop:
                     self.save()
-                    raise Interrupted(f"interrupted after iteration {self.iteration} of {self.iterations}")
+                    raise RunInterruptedError(
+                        f"interrupted after iteration {self.iteration} of {self.iterations}, all of it saved; "
+                        "the same command with --resume continues"
+                    )
         self.save()
         return self.budget
 
@@ -143,7 +146,9 @@ class Trainer:
         training, seed, k = self.config.training, self.config.seed, self.iteration
         needs = self.algorithm.info.needs
         chosen = torch.randperm(len(self.prompts), generator=generator_for(seed, "prompts", k))
-        chosen = chosen.repeat(math.ceil(training.prompts_per_iteration / len(chosen)))[: training.prompts_per_iteration]
+        chosen = chosen.repeat(math.ceil(training.prompts_per_iteration / len(chosen)))[
+            : training.prompts_per_iteration
+        ]
         group = torch.arange(len(chosen)).repeat_interleave(training.images_per_prompt)
         prompts = tuple(self.prompts[chosen[g]].text for g in group)
         self.policy.generator = generator_for(seed, "rollout", k)
@@ -211,7 +216,7 @@ class Trainer:
             (total * share).backward()
             updates_policy |= loss.policy is not None
             for name, value in loss.metrics.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value) * share
+                metrics[name] = metrics.get(name, 0.0) + torch.as_tensor(value).item() * share
         if updates_policy:
             metrics["grad_norm"] = self._clip(self.parameters)
             self.optimizer.step()
@@ -223,9 +228,7 @@ class Trainer:
         if updates_policy:
             self.algorithm.after_update(self.policy)
             if self.average:
-                torch._foreach_lerp_(
-                    self.average, [p.detach() for p in self.parameters], 1 - self.config.training.ema
-                )
+                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.config.training.ema)
         return metrics
 
     def _clip(self, parameters: list[torch.nn.Parameter]) -> float:
@@ -243,7 +246,8 @@ class Trainer:
             p.data.copy_(a)
 
     def _encode_prompts(self) -> None:
-        self.policy.encode([p.text for p in self.prompts] + [""])
+        self.policy.encode([""])  # on its own, as an evaluation does, so that it is the same to the last bit
+        self.policy.encode([p.text for p in self.prompts])
         if self.policy.device.type != "cpu":
             self.policy.release_text_encoders()
 
@@ -327,7 +331,9 @@ def _total(loss: Loss, name: str) -> torch.Tensor:
         raise RunError(f"the loss of '{name}' has shape {tuple(parts[0].shape)}; it must be one value per row")
     total = torch.stack([part.mean() for part in parts]).sum()
     if not total.isfinite():
-        raise RunError(f"the loss of '{name}' is {total.item()}; lower training.learning_rate or check the rewards' scale")
+        raise RunError(
+            f"the loss of '{name}' is {total.item()}; lower training.learning_rate or check the rewards' scale"
+        )
     return total
 
 

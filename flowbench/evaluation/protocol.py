@@ -76,7 +76,9 @@ def score_split(
         for name, values in scores.items():
             collected.setdefault(name, []).append(values.float().cpu())
         latents.append(samples.x0.cpu())
-        grid += [image.cpu() for image, (p, k) in zip(images, part, strict=True) if p < GRID_PROMPTS and k < GRID_IMAGES]
+        grid += [
+            image.cpu() for image, (p, k) in zip(images, part, strict=True) if p < GRID_PROMPTS and k < GRID_IMAGES
+        ]
         progress(len(part))
     per_prompt = {m: torch.cat(v).reshape(len(prompts), n).mean(1).numpy() for m, v in collected.items()}
     per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(prompts), n, -1)).numpy()
@@ -113,7 +115,9 @@ def _score(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -> dict
     return scores
 
 
-def _velocity_distance(policy: Policy, x0: torch.Tensor, eps: torch.Tensor, cond: Conditioning, weights: str) -> torch.Tensor:
+def _velocity_distance(
+    policy: Policy, x0: torch.Tensor, eps: torch.Tensor, cond: Conditioning, weights: str
+) -> torch.Tensor:
     """mean_d (v - v_ref)^2 on re-noised samples, averaged over fixed sigmas: bounds the Wasserstein-2 distance of the
     two flows (2502.06061, section 4.2). Returns (B,)."""
     total = torch.zeros(len(x0), device=x0.device)

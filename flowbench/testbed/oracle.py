@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 from scipy import ndimage
@@ -40,6 +40,7 @@ class SeenObject:
 
     @property
     def size(self) -> str:
+        """The name of its size, by its radius."""
         return SIZES[int(self.radius > SIZE_BOUNDARY)]
 
 
@@ -136,7 +137,7 @@ def _fit(color: int, mask: np.ndarray, alpha: np.ndarray, residual: np.ndarray) 
     grown = ndimage.binary_dilation(mask)
     patch = np.where(mask, alpha, np.where(grown, np.minimum(alpha, 0.5), 0.0)).astype(np.float32)
     rows, cols = np.nonzero(mask)
-    cy, cx = int(round(float(rows.mean()))), int(round(float(cols.mean())))
+    cy, cx = round(float(rows.mean())), round(float(cols.mean()))
     padded = np.pad(patch, WINDOW)
     window = padded[cy : cy + 2 * WINDOW + 1, cx : cx + 2 * WINDOW + 1].ravel()
     near = np.flatnonzero(abs(bank.area - window.sum()) < 0.45 * window.sum() + 4.0)
@@ -157,26 +158,28 @@ def judge(view: View, caption: Caption) -> Verdict:
     if not seen:
         return Verdict(False, 0.0)
     best_credit, exact = 0.0, False
-    slots = range(max(len(wanted), len(seen)))
-    for order in permutations(slots, len(wanted)):
-        chosen = [seen[i] if i < len(seen) else None for i in order]
-        credit = [_credit(spec, obj) for spec, obj in zip(wanted, chosen, strict=True)]
-        holds = all(obj is not None and _matches(spec, obj) for spec, obj in zip(wanted, chosen, strict=True))
+    slots: list[SeenObject | None] = [*seen, *[None] * (len(wanted) - len(seen))]
+    table = {
+        (spec, i): (_credit(spec, obj), _matches(spec, obj)) for spec in set(wanted) for i, obj in enumerate(slots)
+    }
+    # Interchangeable objects have the same credit in every order; a busy picture has too many orders to try.
+    orders = combinations if len(set(wanted)) == 1 and not caption.relation else permutations
+    for order in orders(range(len(slots)), len(wanted)):
+        credit, match = zip(*(table[pair] for pair in zip(wanted, order, strict=True)), strict=True)
+        total, holds = sum(credit), all(match)
         if caption.relation:
-            related = _relation_credit(caption.relation, chosen)
-            credit.append(related * min(credit))
-            holds = holds and related > 0.5
-        best_credit = max(best_credit, sum(credit) / len(credit))
+            related = _relation_credit(caption.relation, [slots[i] for i in order])
+            total, holds = total + related * min(credit), holds and related > 0.5
+        best_credit = max(best_credit, total / (len(credit) + bool(caption.relation)))
         exact = exact or (holds and len(seen) == len(wanted))
-        if len(set(wanted)) == 1 and len(seen) == len(wanted):
-            break  # interchangeable objects: every order has the same credit
     surplus = max(0, len(seen) - len(wanted)) + min(view.stray / 20.0, 1.0)
     return Verdict(exact, best_credit * len(wanted) / (len(wanted) + surplus))
 
 
-def _matches(spec: ObjectSpec, obj: SeenObject) -> bool:
+def _matches(spec: ObjectSpec, obj: SeenObject | None) -> bool:
     return (
-        obj.shape == spec.shape
+        obj is not None
+        and obj.shape == spec.shape
         and max(obj.fit) >= GOOD_FIT
         and spec.color in (None, obj.color)
         and spec.size in (None, obj.size)

@@ -21,7 +21,14 @@ RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = ("single", "two", "counting", "colors", "position", "binding")
 PALETTE = np.array(
-    [[0.86, 0.12, 0.14], [0.13, 0.66, 0.22], [0.16, 0.30, 0.90], [0.96, 0.88, 0.15], [0.55, 0.18, 0.72], [0.97, 0.52, 0.08]],
+    [
+        [0.86, 0.12, 0.14],
+        [0.13, 0.66, 0.22],
+        [0.16, 0.30, 0.90],
+        [0.96, 0.88, 0.15],
+        [0.55, 0.18, 0.72],
+        [0.97, 0.52, 0.08],
+    ],
     dtype=np.float32,
 )
 RADII = {"small": (3.4, 3.9), "large": (5.3, 6.0)}  # pixels, uniform within the range
@@ -116,7 +123,9 @@ def all_captions() -> list[Caption]:
     captions = [describe("single", (o,)) for o in bare + sized + full]
     captions += [describe("colors", (o,)) for o in colored]
     captions += [describe("two", (a, b)) for a, b in product(bare, bare) if a != b]
-    captions += [describe("two", pair) for a, b in product(colored, bare) if a.shape != b.shape for pair in ((a, b), (b, a))]
+    captions += [
+        describe("two", pair) for a, b in product(colored, bare) if a.shape != b.shape for pair in ((a, b), (b, a))
+    ]
     captions += [describe("counting", (o,) * n) for o, n in product(bare + colored, COUNTS.values())]
     pairs = [(a, b) for a, b in product(colored, colored) if a != b]
     captions += [describe("binding", p) for p in pairs]
@@ -124,7 +133,7 @@ def all_captions() -> list[Caption]:
     return captions
 
 
-_OBJECT = r"an? (?:(small|large) )?(?:(%s) )?(%s)" % ("|".join(COLORS), "|".join(SHAPES))
+_OBJECT = rf"an? (?:(small|large) )?(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
 _PATTERN = re.compile(rf"{_OBJECT}(?: (and|left of|right of|above|below) {_OBJECT})?")
 _COUNTING = re.compile(rf"(two|three|four) (?:({'|'.join(COLORS)}) )?({'|'.join(_plural(s) for s in SHAPES)})")
 

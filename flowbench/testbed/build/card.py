@@ -55,7 +55,9 @@ def clip_scores(folder: Path) -> dict[str, float]:
 def _write(folder: Path, description: str, scores: dict[str, float]) -> None:
     (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
-    (folder / "README.md").write_text(f"{description}\n## Scores\n\n| measure | value |\n| --- | --- |\n{table}\n", "utf-8")
+    (folder / "README.md").write_text(
+        f"{description}\n## Scores\n\n| measure | value |\n| --- | --- |\n{table}\n", "utf-8"
+    )
 
 
 def _plan(plan: FitPlan, batch: int) -> str:
@@ -75,8 +77,8 @@ pipeline("a red circle above a blue square", height=32, width=32, num_inference_
          max_sequence_length={transformer.T5_TOKENS})
 ```
 
-`max_sequence_length` is the number of zero tokens that stand in for T5. It was {transformer.T5_TOKENS} in training; the pipeline's default
-(256) is another softmax, and slower.
+`max_sequence_length` is the number of zero tokens that stand in for T5. It was {transformer.T5_TOKENS} in training;
+the pipeline's default (256) is another softmax, and slower.
 
 ## Training
 
@@ -84,8 +86,9 @@ pipeline("a red circle above a blue square", height=32, width=32, num_inference_
 - Text towers: {_plan(text.PLAN, text.BATCH)}; contrastive against an image tower that is thrown away; then frozen.
 - Transformer: {_plan(transformer.PLAN, transformer.BATCH)}; {transformer.POOL} latents, logit-normal sigmas,
   caption dropout {transformer.CAPTION_DROPOUT}.
-- {transformer.WRONG_CAPTIONS:.0%} of the transformer's training captions are wrong in one attribute, as captions from the web are. The
-  model can draw every scene but does not always draw the one it was asked for: the headroom for reward fine-tuning.
+- {transformer.WRONG_CAPTIONS:.0%} of the transformer's training captions are wrong in one attribute, as captions from
+  the web are. The model can draw every scene but does not always draw the one it was asked for: the headroom for reward
+  fine-tuning.
 - Captions of the compositional split (held-out colour-shape pairs and pairings) occur in no training stage.
 
 Rebuild: `flowbench testbed build`.

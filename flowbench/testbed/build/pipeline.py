@@ -85,6 +85,9 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("config.json"):  # where a part was loaded from is nobody's business
+        config = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_checkpointed_clip(work: Path, tokenizer: CLIPTokenizer) -> open_clip.CLIP:

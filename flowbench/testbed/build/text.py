@@ -1,4 +1,4 @@
-"""Stage 2: the text path of mini-sd3: a word-level CLIP vocabulary and two frozen contrastive text towers, as SD3 has."""
+"""Stage 2: mini-sd3's text path: a word-level CLIP vocabulary and two frozen contrastive text towers, as in SD3."""
 
 from __future__ import annotations
 
@@ -43,7 +43,13 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     pieces = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges] + [_START, _END]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = CLIPTokenizer(
-        vocab=vocabulary, merges=merges, unk_token=_END, bos_token=_START, eos_token=_END, pad_token=_END, model_max_length=MAX_TOKENS
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=_END,
+        bos_token=_START,
+        eos_token=_END,
+        pad_token=_END,
+        model_max_length=MAX_TOKENS,
     )
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
@@ -112,7 +118,9 @@ def train_text_towers(
         rng = np.random.default_rng([seed, 3, step])
         captions = draw_captions(BATCH, rng)
         images = draw_images(captions, rng).to(device)
-        tokens = tokenizer([c.text for c in captions], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        tokens = tokenizer(
+            [c.text for c in captions], padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         with torch.autocast(device.type, torch.bfloat16):
             return towers.loss(images, tokens.to(device))
 

@@ -45,7 +45,9 @@ def new_transformer(text_width: int) -> SD3Transformer2DModel:
 
 
 @torch.no_grad()
-def latent_pool(vae: AutoencoderKL, work: Path, seed: int, progress: Progress, size: int = POOL) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_pool(
+    vae: AutoencoderKL, work: Path, seed: int, progress: Progress, size: int = POOL
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (size, 16, 8, 8) float16 of fresh scenes, and the index into `all_captions()` of each one's caption.
 
     A share WRONG_CAPTIONS of the captions is changed in one attribute after its scene was drawn. Encoded once, then
@@ -53,7 +55,8 @@ def latent_pool(vae: AutoencoderKL, work: Path, seed: int, progress: Progress, s
     """
     stored = work / "latents.safetensors"
     if stored.exists():
-        return tuple(load_state(stored))  # type: ignore[return-value]
+        latents, labels = load_state(stored)
+        return latents, labels
     captions = all_captions()
     index = {c.text: i for i, c in enumerate(captions)}
     device, chunk = next(vae.parameters()).device, 1000
@@ -65,7 +68,9 @@ def latent_pool(vae: AutoencoderKL, work: Path, seed: int, progress: Progress, s
         drawn = [mutate(c, rng) if rng.random() < WRONG_CAPTIONS else c for c in said]
         rows = slice(part * chunk, (part + 1) * chunk)
         with torch.autocast(device.type, torch.bfloat16):
-            z = torch.cat([vae.encode(x.to(device) * 2 - 1).latent_dist.mean for x in draw_images(drawn, rng).split(125)])
+            z = torch.cat(
+                [vae.encode(x.to(device) * 2 - 1).latent_dist.mean for x in draw_images(drawn, rng).split(125)]
+            )
         latents[rows] = ((z.float() - vae.config.shift_factor) * vae.config.scaling_factor).cpu().half()
         labels[rows] = torch.tensor([index[c.text] for c in said])
         progress("latents", (part + 1) * chunk, size, 0.0)
@@ -106,9 +111,9 @@ def train_transformer(
         sigma = torch.sigmoid(torch.randn(BATCH, generator=gen))
         x0, eps, sigma, label = (t.to(device) for t in (x0, eps, sigma, label))
         s = sigma[:, None, None, None]
-        v = transformer(
-            (1 - s) * x0 + s * eps, states[label], pooled[label], timestep=sigma * 1000, return_dict=False
-        )[0]
+        v = transformer((1 - s) * x0 + s * eps, states[label], pooled[label], timestep=sigma * 1000, return_dict=False)[
+            0
+        ]
         return (v - (eps - x0)).square().mean()
 
     fit(transformer, loss, plan, work, progress)

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from flowbench.config import RunConfig, load_run_config, parse_assignments, read_config_file, resolve_config
+from flowbench.errors import UsageError
+from flowbench.presets import load_preset, preset_names
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def resolve(algorithm: str = "acflow", reward: str = "jpeg", **overrides: object) -> RunConfig:
+    return resolve_config(
+        algorithm, reward, "mini-sd3", overrides={k.replace("__", "."): v for k, v in overrides.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("training.lerning_rate", "unknown setting 'training.lerning_rate'; did you mean 'learning_rate'"),
+        ("evaluation.promts", "unknown setting 'evaluation.promts'; did you mean 'prompts'"),
+        ("algorithm.warmpu", "unknown setting 'algorithm.warmpu'; did you mean 'warmup'"),
+        ("trainin.images", "unknown setting 'trainin.images'; did you mean 'training'"),
+        ("images", "unknown setting 'images'; write section.key, with training, evaluation, algorithm"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(key: str, complaint: str):
+    with pytest.raises(UsageError, match=complaint):
+        resolve(**{key: 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.images", "many"),
+        ("training.images", 0),
+        ("training.images", 1.5),
+        ("training.learning_rate", -1e-4),
+        ("training.tuning", "qlora"),
+        ("training.ema", 1.0),
+        ("training.adam_betas", [0.9]),
+        ("evaluation.images_per_prompt", 1),
+        ("evaluation.splits", 3),
+        ("algorithm.tau", 0),
+        ("algorithm.weight", "cubic"),
+        ("algorithm.clip", "none"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(key: str, value: object):
+    with pytest.raises(UsageError, match=f"setting '{key}.*' = ") as raised:
+        resolve(**{key: value})
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("seed", [-1, "first", 1.5])
+def test_a_wrong_seed_is_named(seed: object):
+    with pytest.raises(UsageError, match="setting 'seed' = "):
+        resolve_config("acflow", "jpeg", "mini-sd3", overrides={}, seed=seed)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(UsageError, match="unknown algorithm 'acflw'; did you mean 'acflow'"):
+        resolve("acflw")
+    with pytest.raises(UsageError, match="unknown reward 'cilp'; did you mean 'clip'"):
+        resolve(reward="cilp")
+    with pytest.raises(UsageError, match="unknown model 'mini-sd'; did you mean 'mini-sd3'"):
+        resolve_config("acflow", "jpeg", "mini-sd", overrides={})
+    with pytest.raises(UsageError, match="unknown sampler 'flow-sd'; did you mean 'flow-sde'"):
+        resolve(training__sampler="flow-sd")
+
+
+def test_an_algorithm_that_needs_log_prob_refuses_a_sampler_without():
+    with pytest.raises(UsageError, match="ddpo needs log_prob; sampler 'ode' has none, use 'flow-sde'"):
+        resolve("ddpo", training__sampler="ode")
+
+
+def test_an_algorithm_that_needs_log_prob_gets_a_stochastic_sampler_by_default():
+    assert resolve("ddpo").training.sampler == "flow-sde"
+    assert resolve("ddpo", training__sampler="cps").training.sampler == "cps"
+
+
+def test_an_algorithm_that_needs_a_gradient_refuses_a_reward_without():
+    with pytest.raises(UsageError, match="refl needs the reward's gradient; reward 'jpeg' has none"):
+        resolve("refl")
+    assert resolve("refl", "clip").reward == "clip"
+
+
+def test_overrides_win_over_the_models_defaults(tmp_path: Path):
+    content = load_preset("mini-sd3").model_dump()
+    content["training"] = {"images": 111, "minibatch": 7}
+    content["algorithms"] = {"acflow": {"training": {"minibatch": 9}, "algorithm": {"tau": 3.0, "alpha": 0.25}}}
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    config = resolve_config("acflow", "jpeg", str(path), overrides={"algorithm.tau": 4.0})
+    assert (config.training.images, config.training.minibatch) == (111, 9)
+    assert (config.hyperparameters["tau"], config.hyperparameters["alpha"]) == (4.0, 0.25)
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(ValidationError):
+        resolve().seed = 3
+
+
+def test_the_hash_ignores_seed_and_device_and_nothing_else(tiny_config: MakeConfig):
+    config = tiny_config()
+    assert config.hash() == tiny_config(seed=5).hash() == config.model_copy(update={"device": "cuda"}).hash()
+    others = [
+        tiny_config(reward="oracle"),
+        tiny_config(algorithm="orw-cfm-w2"),
+        tiny_config(overrides={"training.images": 33}),
+        tiny_config(overrides={"evaluation.seed": 1}),
+        tiny_config(overrides={"algorithm.tau": 0.123}),
+    ]
+    assert len({config.hash(), *(o.hash() for o in others)}) == 1 + len(others)
+
+
+def test_assignments_are_read_as_yaml():
+    given = ["a.b=3", "a.c=1e-4", "a.d=null", "a.e=[test]", "a.f=text", "a.g=x=y", "a.h=true"]
+    expected = {"a.b": 3, "a.c": 1e-4, "a.d": None, "a.e": ["test"], "a.f": "text", "a.g": "x=y", "a.h": True}
+    assert parse_assignments(given) == expected
+
+
+def test_an_assignment_without_equals_sign_is_refused():
+    with pytest.raises(UsageError, match=r"'training\.images' has no '='"):
+        parse_assignments(["training.images"])
+
+
+@pytest.mark.parametrize("algorithm", ["acflow", "ddpo", "orw-cfm-w2"])
+def test_a_runs_own_configuration_file_resolves_to_the_same_configuration(
+    tmp_path: Path, tiny_config: MakeConfig, algorithm: str
+):
+    changed = {"training.adam_betas": [0.8, 0.95], "training.microbatch": 3, "evaluation.num_steps": 6}
+    if algorithm == "acflow":
+        changed |= {"algorithm.clip": None, "algorithm.weight": "softplus"}
+    config = tiny_config(algorithm, seed=3, overrides=changed)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    assert load_run_config(path)[0] == config
+
+    given = read_config_file(path)
+    plain = {name: given.pop(name) for name in ("algorithm", "reward", "model", "seed", "device")}
+    again = resolve_config(**plain, overrides=given)
+    assert again == config
+    assert again.hash() == config.hash()
+
+
+def test_a_configuration_file_may_be_partial_and_nested(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("reward: jpeg\ntraining: {images: 64, learning_rate: 1e-4}\nalgorithm: {tau: 2}\n")
+    expected = {"reward": "jpeg", "training.images": 64, "training.learning_rate": 1e-4, "algorithm.tau": 2}
+    assert read_config_file(path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("trainig: {images: 3}", "unknown key 'trainig' .*; did you mean 'training'"),
+        ("training: [1, 2]", "unknown key 'training'"),
+        ("- a\n- b", "must hold key: value pairs"),
+        ("a: [", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_a_faulty_configuration_file_is_refused_in_one_line(tmp_path: Path, content: str, complaint: str):
+    path = tmp_path / "faulty.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=complaint) as raised:
+        read_config_file(path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_missing_configuration_file_is_named(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"absent\.yaml' does not exist"):
+        read_config_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_resolves_with_every_built_in_algorithm(name: str):
+    for algorithm in ("acflow", "ddpo", "orw-cfm-w2", "refl"):
+        assert resolve_config(algorithm, "clip", name, overrides={}).model == name
+
+
+def test_a_file_that_is_no_preset_is_refused(tmp_path: Path):
+    path = tmp_path / "odd.yaml"
+    path.write_text("reward: jpeg\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="is not a preset"):
+        load_preset(str(path))

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowbench.errors import RunError, UsageError
+from flowbench.flow import SAMPLERS
+from flowbench.policy import Policy, Tuning, load_pipeline
+from flowbench.presets import ModelPreset
+from flowbench.state import load_state, save_state
+
+LORA = Tuning("lora", lora_rank=4, lora_alpha=8.0)
+FULL = Tuning("full")
+PROMPTS = ("a red circle", "two crosses", "a red circle")
+MakePolicy = Callable[..., Policy]
+
+
+def perturb(policy: Policy, seed: int = 0) -> None:
+    """As training would: every trained parameter moves (LoRA's start makes no difference)."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in policy.trainable_parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+
+
+def inputs(policy: Policy) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, *policy.latent_shape, generator=generator)
+    return x, torch.tensor([0.2, 0.5, 0.9]), policy.encode(PROMPTS)
+
+
+@torch.no_grad()
+def velocity(policy: Policy, weights: str = "current") -> torch.Tensor:
+    return policy.velocity(*inputs(policy), weights=weights)
+
+
+def test_the_velocity_is_that_of_the_plain_diffusers_transformer(shared_policy: Policy, preset: ModelPreset):
+    plain = load_pipeline(preset, torch.device("cpu"))
+    x, sigma, _ = inputs(shared_policy)
+    tokens, _, pooled, _ = plain.encode_prompt(
+        list(PROMPTS), None, None, do_classifier_free_guidance=False, max_sequence_length=preset.max_sequence_length
+    )
+    with torch.no_grad():
+        expected = plain.transformer(x, tokens, pooled, timestep=sigma * 1000, return_dict=False)[0]
+    assert torch.allclose(velocity(shared_policy), expected, atol=1e-5)
+
+
+def test_the_ode_sampler_draws_what_the_plain_diffusers_pipeline_draws(shared_policy: Policy, preset: ModelPreset):
+    plain = load_pipeline(preset, torch.device("cpu"))
+    plain.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, *shared_policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    prompts = ["a red circle", "two crosses"]
+    expected = plain(
+        prompt=prompts,
+        latents=noise.clone(),
+        height=preset.resolution,
+        width=preset.resolution,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        max_sequence_length=preset.max_sequence_length,
+        output_type="pt",
+    ).images
+    images = shared_policy.decode(shared_policy.rollout(shared_policy.encode(prompts), noise, num_steps=4).x0)
+    assert torch.allclose(images, expected, atol=1e-4)
+
+
+def test_encoding_keeps_one_embedding_per_text(shared_policy: Policy):
+    cond = shared_policy.encode(PROMPTS)
+    assert cond.index.tolist() == [0, 1, 0]
+    assert len(cond.tokens) == len(cond.pooled) == 2
+    alone = shared_policy.encode(["two crosses"])
+    assert torch.equal(alone.pooled[0], cond.pooled[1])
+    assert cond.select(torch.tensor([2, 1])).index.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_tuning_starts_at_the_reference_and_leaves_it_unchanged(make_policy: MakePolicy, tuning: Tuning):
+    policy = make_policy(tuning)
+    reference = velocity(policy, "reference")
+    assert torch.allclose(velocity(policy), reference, atol=1e-6)
+    perturb(policy)
+    assert torch.equal(velocity(policy, "reference"), reference)
+    assert (velocity(policy) - reference).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_only_the_current_view_has_gradients_and_looking_at_others_keeps_it_trainable(
+    make_policy: MakePolicy, tuning: Tuning
+):
+    policy = make_policy(tuning)
+    policy.add_view("old")
+    perturb(policy)
+    for view in ("reference", "old"):
+        assert not policy.velocity(*inputs(policy), weights=view).requires_grad
+    policy.velocity(*inputs(policy)).square().mean().backward()
+    assert all(p.requires_grad for p in policy.trainable_parameters())
+    assert sum(p.grad is not None and p.grad.abs().max() > 0 for p in policy.trainable_parameters()) > 10
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_the_old_view_stays_behind_and_follows_by_its_decay(make_policy: MakePolicy, tuning: Tuning):
+    policy = make_policy(tuning)
+    perturb(policy, seed=0)
+    policy.add_view("old")
+    at_copy = velocity(policy)
+    assert torch.equal(velocity(policy, "old"), at_copy)
+    before = [p.detach().clone() for p in policy.trainable_parameters()]
+    perturb(policy, seed=1)
+    assert torch.equal(velocity(policy, "old"), at_copy)
+    policy.update_view("old", decay=0.75)
+    for old, b, p in zip(policy.state_dict()["old"], before, policy.trainable_parameters(), strict=True):
+        assert torch.allclose(old, 0.75 * b + 0.25 * p, atol=1e-6)
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_weights_and_old_view_come_back_bit_for_bit(make_policy: MakePolicy, tuning: Tuning, tmp_path: Path):
+    policy, other = make_policy(tuning), make_policy(tuning)
+    for p in (policy, other):
+        p.add_view("old")
+    perturb(policy)
+    save_state(tmp_path / "s", policy.state_dict())
+    other.load_state_dict(load_state(tmp_path / "s"))
+    for view in ("current", "old", "reference"):
+        assert torch.equal(velocity(policy, view), velocity(other, view))
+
+
+def test_a_view_that_nobody_asked_for_is_refused(make_policy: MakePolicy):
+    policy = make_policy()
+    with pytest.raises(UsageError, match="weight view 'old' does not exist"):
+        velocity(policy, "old")
+    with pytest.raises(UsageError, match="weight view 'newer' cannot be added"):
+        policy.add_view("newer")
+
+
+def test_saved_lora_weights_load_in_plain_diffusers(make_policy: MakePolicy, preset: ModelPreset, tmp_path: Path):
+    policy = make_policy(LORA)
+    perturb(policy)
+    policy.save(tmp_path)
+    plain = load_pipeline(preset, torch.device("cpu"))
+    x, sigma, cond = inputs(policy)
+
+    def plain_velocity() -> torch.Tensor:
+        tokens, pooled = cond.tokens[cond.index], cond.pooled[cond.index]
+        with torch.no_grad():
+            return plain.transformer(x, tokens, pooled, timestep=sigma * 1000, return_dict=False)[0]
+
+    assert (plain_velocity() - velocity(policy)).abs().max() > 1e-3
+    plain.load_lora_weights(tmp_path)
+    assert torch.allclose(plain_velocity(), velocity(policy), atol=1e-5)
+
+
+def test_a_saved_transformer_loads_in_plain_diffusers(make_policy: MakePolicy, tmp_path: Path):
+    from diffusers import SD3Transformer2DModel
+
+    policy = make_policy(FULL)
+    perturb(policy)
+    policy.save(tmp_path)
+    plain = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    x, sigma, cond = inputs(policy)
+    with torch.no_grad():
+        v = plain(x, cond.tokens[cond.index], cond.pooled[cond.index], timestep=sigma * 1000, return_dict=False)[0]
+    assert torch.equal(v, velocity(policy))
+
+
+def test_guidance_extrapolates_from_the_empty_prompt(make_policy: MakePolicy):
+    policy = make_policy()
+    policy.preset = policy.preset.model_copy(update={"guidance_scale": 3.0})
+    x, sigma, cond = inputs(policy)
+    with torch.no_grad():
+        empty = policy.velocity(x, sigma, policy.encode([""] * 3))
+        expected = empty + 3.0 * (velocity(policy) - empty)
+        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("distribution", ["logit-normal", "uniform", "sampler"])
+def test_renoised_states_lie_on_the_path_to_their_image(make_policy: MakePolicy, distribution: str):
+    policy = make_policy(sigma_distribution=distribution)
+    x0 = torch.randn(500, *policy.latent_shape)
+    noisy = policy.renoise(x0)
+    assert torch.allclose(noisy.x - noisy.sigma.view(-1, 1, 1, 1) * noisy.u, x0, atol=1e-5)
+    assert torch.allclose(noisy.x + (1 - noisy.sigma.view(-1, 1, 1, 1)) * noisy.u, noisy.u + x0, atol=1e-5)
+    assert noisy.sigma.min() > 0
+    if distribution == "sampler":
+        assert set(noisy.sigma.tolist()) == set(policy.sigmas(policy.preset.num_steps)[:-1].tolist())
+    else:
+        quartiles = {"uniform": (0.25, 0.75), "logit-normal": (0.3375, 0.6625)}[distribution]
+        measured = noisy.sigma.quantile(torch.tensor([0.25, 0.75])).tolist()
+        assert measured == pytest.approx(quartiles, abs=0.06)
+
+
+def test_a_rollout_depends_on_its_generator_alone(make_policy: MakePolicy):
+    policy = make_policy(sampler="flow-sde")
+    cond = policy.encode(PROMPTS)
+
+    def draw(seed: int) -> torch.Tensor:
+        policy.generator = torch.Generator().manual_seed(seed)
+        return policy.rollout(cond, policy.draw_noise(3), sampler=SAMPLERS["flow-sde"]).x0
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_a_rollout_counts_its_function_evaluations(make_policy: MakePolicy):
+    policy = make_policy()
+    policy.rollout(policy.encode(PROMPTS), policy.draw_noise(3), num_steps=5)
+    assert policy.function_evaluations == 15
+
+
+def test_kept_states_lead_from_the_noise_to_the_image(make_policy: MakePolicy):
+    policy = make_policy()
+    noise = policy.draw_noise(3)
+    samples = policy.rollout(policy.encode(PROMPTS), noise, keep_states=True)
+    assert samples.states.shape == (3, 5, *policy.latent_shape)
+    assert torch.equal(samples.states[:, 0], noise)
+    assert torch.equal(samples.states[:, -1], samples.x0)
+    assert samples.log_prob is None
+    assert samples.sigmas[0] == 1
+    assert samples.sigmas[-1] == 0
+
+
+def test_decoded_images_are_differentiable_and_in_the_unit_interval(shared_policy: Policy):
+    latents = torch.randn(2, *shared_policy.latent_shape, requires_grad=True)
+    images = shared_policy.decode(latents)
+    assert images.shape == (2, 3, 32, 32)
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert torch.autograd.grad(images.sum(), latents)[0].abs().max() > 0
+
+
+def test_missing_weights_are_reported_with_the_remedy(preset: ModelPreset):
+    absent = preset.model_copy(update={"source": "embedded:absent-model"})
+    with pytest.raises(RunError, match=r"cannot be loaded from .*; rebuild it with 'flowbench testbed") as raised:
+        load_pipeline(absent, torch.device("cpu"))
+    assert len(str(raised.value).splitlines()) == 1

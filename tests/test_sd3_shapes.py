@@ -1,0 +1,371 @@
+"""SD3's real component types at reduced width: the same classes load, sample, tune and save them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from PIL import Image
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from flowbench.errors import RunError
+from flowbench.flow import velocity_error
+from flowbench.policy import Policy, Tuning, load_pipeline
+from flowbench.presets import load_preset
+from flowbench.prompts import load_split
+from flowbench.rewards.clip import Clip
+
+HUB_ID = "stabilityai/stable-diffusion-3-medium-diffusers"
+PROMPTS = ["a photo of a red bench", "a photo of two cats"]
+SIDE = 64  # pixels; 8 x 8 latents, 4 x 4 patches
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def words() -> list[str]:
+    texts = [p.text for split in ("train", "test", "compositional") for p in load_split("objects", split).prompts]
+    return sorted({word for text in texts for word in text.split()})
+
+
+def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """Single characters, whole words and CLIP's special tokens; merges spell each word out from left to right."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    letters = sorted({letter for word in words() for letter in word} | {"!"})
+    merges, pieces = [], [*letters, *(letter + "</w>" for letter in letters)]
+    for word in words():
+        *head, last = [*word[:-1], word[-1] + "</w>"]
+        joined = head[0] if head else last
+        for symbol in [*head[1:], last] if head else []:
+            merges.append((joined, symbol))
+            joined += symbol
+            pieces.append(joined)
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, start, end]))}
+    special = {"unk_token": end, "bos_token": start, "eos_token": end, "pad_token": pad_token}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=77, **special)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((f"▁{word}", -3.0) for word in words())]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def text_tower(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def random_pipeline() -> StableDiffusion3Pipeline:
+    """SD3-medium's model_index.json and configurations, with every width reduced; random weights."""
+    torch.manual_seed(0)
+    first, second, third = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!"), t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=SIDE // 8,
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            caption_projection_dim=32,
+            pooled_projection_dim=16 + 24,
+            out_channels=16,
+            pos_embed_max_size=12,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 16, 16),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            sample_size=SIDE,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=text_tower(first, 16, "quick_gelu"),
+        tokenizer=first,
+        text_encoder_2=text_tower(second, 24, "gelu"),
+        tokenizer_2=second,
+        text_encoder_3=T5EncoderModel(
+            T5Config(
+                vocab_size=len(third),
+                d_model=48,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+            )
+        ),
+        tokenizer_3=third,
+    )
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for FLOWBENCH_WEIGHTS: the hub's file layout below the hub's id."""
+    root = tmp_path_factory.mktemp("weights")
+    folder = root / HUB_ID
+    pipeline = random_pipeline()
+    pipeline.save_pretrained(folder)
+    # The hub's folder has T5 in two shards, the tokenizers in CLIP's own two files, and this name of T5's class.
+    pipeline.text_encoder_3.save_pretrained(folder / "text_encoder_3", max_shard_size="20KB")
+    (folder / "text_encoder_3" / "model.safetensors").unlink()
+    for name in ("tokenizer", "tokenizer_2"):
+        content = json.loads((folder / name / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["merges"]]
+        (folder / name / "vocab.json").write_text(json.dumps(content["vocab"]), encoding="utf-8")
+        (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        (folder / name / "tokenizer.json").unlink()
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["tokenizer_3"] = ["transformers", "T5TokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def clip_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny open_clip ViT: its configuration by name, and its weights as open_clip's own training writes them."""
+    folder = tmp_path_factory.mktemp("clip")
+    tower = {"width": 32, "layers": 2}
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "head_width": 16, **tower},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "heads": 2, **tower},
+    }
+    (folder / "ViT-tiny-8-32.json").write_text(json.dumps(config), encoding="utf-8")
+    open_clip.add_model_config(folder)
+    torch.manual_seed(1)
+    model = open_clip.create_model("ViT-tiny-8-32", load_weights=False)
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "weights.pt")
+    return folder
+
+
+@pytest.fixture
+def preset_file(tmp_path: Path, mirror: Path, clip_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """sd3-medium's own preset with small images, few steps and the tiny CLIP."""
+    monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(mirror))
+    content = load_preset("sd3-medium").model_dump(exclude={"name"})
+    assert content["source"] == HUB_ID
+    content |= {"resolution": SIDE, "num_steps": 3, "max_sequence_length": 24}
+    content["rewards"] = {"clip": {"model": "ViT-tiny-8-32", "pretrained": str(clip_files / "weights.pt")}}
+    small = {"images": 8, "prompts_per_iteration": 2, "images_per_prompt": 2, "lora_rank": 4, "lora_alpha": 8.0}
+    content["training"] |= small
+    content["evaluation"] = {"prompts": 2, "images_per_prompt": 2, "num_steps": 3}
+    path = tmp_path / "tiny-sd3.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def policy_of(preset_file: Path, kind: str) -> Policy:
+    preset, cpu = load_preset(str(preset_file)), torch.device("cpu")
+    torch.manual_seed(2)
+    return Policy(load_pipeline(preset, cpu), preset, Tuning(kind, 4, 8.0))
+
+
+def moved(policy: Policy) -> Policy:
+    """The policy with its trainable weights changed."""
+    for p in policy.trainable_parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    return policy
+
+
+# --- the claims -------------------------------------------------------------------------------------------------------
+
+
+def test_the_preset_file_loads_sd3s_real_component_types(preset_file: Path) -> None:
+    parts = load_pipeline(load_preset(str(preset_file)), torch.device("cpu")).components
+    assert {name: type(part) for name, part in parts.items() if part is not None} == {
+        "transformer": SD3Transformer2DModel,
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModelWithProjection,
+        "tokenizer": CLIPTokenizer,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "tokenizer_2": CLIPTokenizer,
+        "text_encoder_3": T5EncoderModel,
+        "tokenizer_3": T5TokenizerFast,
+    }
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_guided_ode_rollout_equals_the_plain_pipelines_output(preset_file: Path, mirror: Path, tuning: str) -> None:
+    policy = policy_of(preset_file, tuning)
+    noise = policy.draw_noise(2)
+    ours = policy.rollout(policy.encode(PROMPTS), noise).x0
+    plain = StableDiffusion3Pipeline.from_pretrained(mirror / HUB_ID)
+    plain.set_progress_bar_config(disable=True)
+    theirs = plain(
+        PROMPTS,
+        height=SIDE,
+        width=SIDE,
+        num_inference_steps=3,
+        guidance_scale=policy.preset.guidance_scale,
+        max_sequence_length=24,
+        latents=noise,
+        output_type="latent",
+    ).images
+    assert policy.preset.guidance_scale > 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_reference_view_of_a_tuned_policy_equals_the_base(preset_file: Path, tuning: str) -> None:
+    base = policy_of(preset_file, "full")
+    policy = moved(policy_of(preset_file, tuning))
+    x, sigma = policy.draw_noise(2), torch.tensor([0.9, 0.4])
+    expected = base.velocity(x, sigma, base.encode(PROMPTS))
+    cond = policy.encode(PROMPTS)
+    assert torch.equal(policy.velocity(x, sigma, cond, "reference"), expected)
+    assert not torch.allclose(policy.velocity(x, sigma, cond), expected)
+    assert policy.velocity(x, sigma, cond).requires_grad
+
+
+@pytest.mark.parametrize("algorithm", ["acflow", "ddpo", "orw-cfm-w2", "refl"])
+def test_a_lora_run_finishes_with_a_record_and_weights_that_diffusers_reads(
+    preset_file: Path, mirror: Path, tmp_path: Path, flowbench_main: Callable[..., int], algorithm: str
+) -> None:
+    extra = ["--set", "algorithm.warmup=1"] if algorithm == "acflow" else []
+    output = tmp_path / "runs"
+    command = ["run", algorithm, "--model", str(preset_file), "--device", "cpu", "--output", str(output), *extra]
+    assert flowbench_main(*command) == 0
+    (path,) = output.glob(f"tiny-sd3/clip/{algorithm}/*/record.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["config"]["training"]["tuning"] == "lora"
+    assert record["budget"]["images"] == 8
+    assert set(record["scores"]) >= {"clip/test", "clip/compositional", "w2/test", "diversity/test"}
+    assert (path.parent / "DONE").exists()
+
+    plain = StableDiffusion3Pipeline.from_pretrained(mirror / HUB_ID)
+    plain.load_lora_weights(path.parent / "checkpoints" / "tuned")
+    factors = [p for n, p in plain.transformer.named_parameters() if "lora_B" in n]
+    assert len(factors) > 0
+    assert any(p.abs().max() > 0 for p in factors)
+
+
+def test_the_saved_lora_weights_give_plain_diffusers_the_tuned_velocity(
+    preset_file: Path, mirror: Path, tmp_path: Path
+) -> None:
+    policy = moved(policy_of(preset_file, "lora"))
+    policy.save(tmp_path / "tuned")
+    plain = StableDiffusion3Pipeline.from_pretrained(mirror / HUB_ID)
+    plain.load_lora_weights(tmp_path / "tuned")
+    x, cond = policy.draw_noise(2), policy.encode(PROMPTS)
+    with torch.no_grad():
+        theirs = plain.transformer(x, cond.tokens, cond.pooled, timestep=torch.full((2,), 500.0), return_dict=False)[0]
+        ours = policy.velocity(x, torch.full((2,), 0.5), cond)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_every_part_of_the_pipeline_goes_to_the_policys_device(preset_file: Path) -> None:
+    preset, meta = load_preset(str(preset_file)), torch.device("meta")
+    policy = Policy(load_pipeline(preset, torch.device("cpu")), preset, Tuning("lora", 4, 8.0), meta)
+    modules = [part for part in policy.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(modules) == 5
+    assert {p.device for module in modules for p in module.parameters()} == {meta}
+
+
+def test_float32_lora_weights_train_beside_a_half_precision_base(preset_file: Path, mirror: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(mirror / HUB_ID, dtype=torch.bfloat16)
+    policy = Policy(pipeline, load_preset(str(preset_file)), Tuning("lora", 4, 8.0), gradient_checkpointing=True)
+    cond = policy.encode(PROMPTS)
+    x0 = policy.rollout(cond, policy.draw_noise(2)).x0
+    noisy = policy.renoise(x0)
+    v = policy.velocity(noisy.x, noisy.sigma, cond)
+    assert v.dtype == x0.dtype == policy.decode(x0).dtype == torch.float32
+    assert policy.model_dtype == torch.bfloat16
+    velocity_error(v, noisy.u).mean().backward()
+    gradients = [p.grad for p in policy.trainable_parameters()]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients)
+
+
+def test_missing_weights_are_one_line_with_the_remedy_and_exit_code_1(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "FLOWBENCH_WEIGHTS": str(tmp_path)}
+    command = [sys.executable, "-m", "flowbench.cli", "run", "orw-cfm-w2", "--reward", "jpeg", "--model", "sd3-medium"]
+    done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "sd3-medium" in line
+    assert f"hf download {HUB_ID}" in line
+    assert "FLOWBENCH_WEIGHTS" in line
+
+
+# --- the clip reward on an open_clip checkpoint -----------------------------------------------------------------------
+
+
+def test_the_clip_reward_equals_open_clips_own_preprocessing_and_encoding(clip_files: Path) -> None:
+    weights = str(clip_files / "weights.pt")
+    reward = Clip("ViT-tiny-8-32", weights)
+    reward.load(torch.device("cpu"))
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    ours = reward.score(pixels / 255, tuple(PROMPTS))
+
+    model, _, preprocess = open_clip.create_model_and_transforms("ViT-tiny-8-32", pretrained=weights)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    with torch.no_grad():
+        image = model.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer("ViT-tiny-8-32")(PROMPTS), normalize=True)
+    torch.testing.assert_close(ours, (image * text).sum(1))
+
+
+def test_a_tags_hub_repository_is_read_below_flowbench_weights(
+    clip_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "laion" / "CLIP-ViT-H-14-laion2B-s32B-b79K"
+    folder.mkdir(parents=True)
+    config = {"model_cfg": json.loads((clip_files / "ViT-tiny-8-32.json").read_text(encoding="utf-8"))}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(tmp_path))
+    reward = Clip("ViT-H-14", "laion2b_s32b_b79k")
+    with pytest.raises(RunError, match=r"cannot load the weights of 'ViT-H-14'.*hf download laion/CLIP-ViT-H-14"):
+        reward.load(torch.device("cpu"))
+    weights = torch.load(clip_files / "weights.pt", weights_only=True)["state_dict"]
+    torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    reward.load(torch.device("cpu"))
+    assert torch.equal(reward.model.visual.proj, weights["visual.proj"])
+
+
+def test_the_clip_reward_sends_gradients_to_the_pixels_of_larger_images(clip_files: Path) -> None:
+    reward = Clip("ViT-tiny-8-32", str(clip_files / "weights.pt"))
+    reward.load(torch.device("cpu"))
+    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    reward.score(images, tuple(PROMPTS)).sum().backward()
+    assert images.grad is not None
+    assert (images.grad.abs().flatten(1).sum(1) > 0).all()

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints
+from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
+from flowbench.config import RunConfig
+from flowbench.errors import RunError
+from flowbench.policy import Policy
+from flowbench.registry import algorithms
+from flowbench.reward import Reward, checked_score, register_reward
+from flowbench.state import load_state
+from flowbench.trainer import CHECKPOINT, RunInterruptedError, Trainer
+
+MakeConfig = Callable[..., RunConfig]
+MakeTrainer = Callable[..., Trainer]
+ReadLog = Callable[[Path], list[dict[str, Any]]]
+
+# What each run needs so that one iteration is enough to change the policy, and everything stateful takes part.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "acflow": {"algorithm.critic": "shaped", "algorithm.shaping": "normalize", "algorithm.warmup": 1},
+    "ddpo": {"training.sampler": "flow-sde", "algorithm.clip_range": 0.1, "training.minibatch": 32},
+    "orw-cfm-w2": {"training.ema": 0.9},
+    "refl": {},
+}
+
+
+def settings_for(algorithm: str) -> dict[str, Any]:
+    budget = {"training.prompts_per_iteration": 2, "training.images": 24, "training.checkpoint_every": 2}
+    return {**budget, **SETTINGS.get(algorithm, {})}
+
+
+def changed(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return any(not torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def failing_reward(clean_registry: None) -> type[Reward]:
+    """Mean brightness, until its third call, which gives NaN."""
+
+    @register_reward("brittle", source="tests", licence="none", range=(0.0, 1.0), differentiable=False)
+    class Brittle(Reward):
+        calls, healed = 0, False
+
+        def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+            self.calls += 1
+            scores = images.mean((1, 2, 3))
+            if self.calls == 3 and not self.healed:
+                scores[1] = math.nan
+            return scores
+
+    return Brittle
+
+
+@pytest.mark.parametrize("algorithm", algorithms.names())
+def test_every_algorithm_trains_with_finite_metrics_and_changes_the_policy(
+    algorithm: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog, clip: Reward
+):
+    trainer = make_trainer(tiny_config(algorithm, "clip", overrides=settings_for(algorithm)), tmp_path, clip)
+    before = copy.deepcopy(trainer.parameters)
+    budget = trainer.run()
+    lines = read_log(tmp_path)
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    assert [line["images"] for line in lines] == [8, 16, 24]
+    for line in lines:
+        assert all(math.isfinite(v) for v in (line["reward"], line["reward_std"], *line["metrics"].values()))
+    assert changed(trainer.parameters, before)
+    assert budget.images == budget.reward_calls == 24
+    assert budget.function_evaluations >= 24 * 4
+
+
+@pytest.mark.parametrize("algorithm", algorithms.names())
+def test_a_seed_decides_every_metric_and_every_weight(
+    algorithm: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog, clip: Reward
+):
+    settings = {**settings_for(algorithm), "training.images": 16}
+    config = tiny_config(algorithm, "clip", overrides=settings)
+    one, two = (make_trainer(config, tmp_path / name, clip) for name in ("one", "two"))
+    one.run()
+    torch.rand(7)  # the global generator is nobody's source
+    two.run()
+    assert read_log(tmp_path / "one") == read_log(tmp_path / "two")
+    assert not changed(one.parameters, two.parameters)
+
+
+def test_another_seed_gives_another_run(
+    tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog
+):
+    for seed in (0, 1):
+        config = tiny_config("orw-cfm-w2", seed=seed, overrides={"training.images": 16})
+        make_trainer(config, tmp_path / str(seed)).run()
+    assert read_log(tmp_path / "0") != read_log(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "tuning"), [*((name, "full") for name in algorithms.names()), ("acflow", "lora")]
+)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    algorithm: str, tuning: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog
+):
+    extra = {"training.tuning": tuning, "training.lora_rank": 4}
+    config = tiny_config(algorithm, "clip", overrides={**settings_for(algorithm), **extra})
+    whole = make_trainer(config, tmp_path / "whole")
+    whole.run()
+
+    first = make_trainer(config, tmp_path / "parts")
+    first.on_iteration = lambda log: setattr(first, "_stop", log.iteration == 1)
+    with pytest.raises(RunInterruptedError, match="interrupted after iteration 1 of 3"):
+        first.run()
+    second = make_trainer(config, tmp_path / "parts")
+    assert second.resume()
+    assert second.iteration == 1
+    assert second.run().images == 24
+    assert not changed(second.parameters, whole.parameters)
+    assert not changed(second.average, whole.average)
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    assert_equal_trees(*(load_state(tmp_path / name / CHECKPOINT) for name in ("parts", "whole")))
+
+
+def assert_equal_trees(a: Any, b: Any, path: str = "") -> None:
+    """Equal but for wall time."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a.keys() - {"seconds", "timings"}:
+            assert_equal_trees(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_trees(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def test_a_crash_loses_at_most_the_work_since_the_last_checkpoint(
+    tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog
+):
+    config = tiny_config("orw-cfm-w2", overrides=settings_for("orw-cfm-w2"))
+    whole = make_trainer(config, tmp_path / "whole")
+    whole.run()
+
+    crashed = make_trainer(config, tmp_path / "parts")
+
+    def crash(log: Any) -> None:
+        if log.iteration == 3:
+            raise MemoryError
+
+    crashed.on_iteration = crash
+    with pytest.raises(MemoryError):
+        crashed.run()
+    assert len(read_log(tmp_path / "parts")) == 3
+    resumed = make_trainer(config, tmp_path / "parts")
+    resumed.resume()
+    assert resumed.iteration == 2
+    assert len(read_log(tmp_path / "parts")) == 2
+    resumed.run()
+    assert not changed(resumed.parameters, whole.parameters)
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+
+
+def test_an_interrupt_signal_ends_the_run_after_its_iteration(
+    tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer
+):
+    before = signal.getsignal(signal.SIGINT)
+    trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=settings_for("orw-cfm-w2")), tmp_path)
+    trainer.on_iteration = lambda log: os.kill(os.getpid(), signal.SIGINT) if log.iteration == 2 else None
+    with pytest.raises(RunInterruptedError):
+        trainer.run()
+    assert load_state(tmp_path / CHECKPOINT)["iteration"] == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_nan_reward_stops_the_run_by_name_and_leaves_a_checkpoint_to_continue_from(
+    tmp_path: Path,
+    tiny_config: MakeConfig,
+    make_trainer: MakeTrainer,
+    failing_reward: type[Reward],
+    read_log: ReadLog,
+):
+    config = tiny_config("orw-cfm-w2", "brittle", overrides={**settings_for("orw-cfm-w2"), "training.decode_batch": 64})
+    trainer = make_trainer(config, tmp_path / "parts")
+    with pytest.raises(RunError, match="reward 'brittle' is nan for the prompt") as raised:
+        trainer.run()
+    assert len(str(raised.value).splitlines()) == 1
+    assert load_state(tmp_path / "parts" / CHECKPOINT)["iteration"] == 2
+    assert len(read_log(tmp_path / "parts")) == 2
+
+    healthy = failing_reward()
+    healthy.healed = True
+    resumed = make_trainer(config, tmp_path / "parts", reward=healthy)
+    resumed.resume()
+    resumed.run()
+    whole = make_trainer(config, tmp_path / "whole", reward=healthy)
+    whole.run()
+    assert not changed(resumed.parameters, whole.parameters)
+
+
+def test_a_wrong_shape_or_count_of_rewards_is_named():
+    class Flat(Reward):
+        info = algorithms  # only the name is read
+
+        def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+            return images.mean((2, 3))
+
+    Flat.info = type("Info", (), {"name": "flat"})
+    with pytest.raises(RunError, match=r"reward 'flat' returned shape \(2, 3\) for 2 images; expected \(2,\)"):
+        checked_score(Flat(), torch.zeros(2, 3, 4, 4), ("a", "b"))
+    with pytest.raises(RunError, match="was given 2 images for 1 prompts"):
+        checked_score(Flat(), torch.zeros(2, 3, 4, 4), ("a",))
+
+
+class Broken(OrwCfmW2):
+    """ORW with a loss of the test's choice."""
+
+    make: Callable[[torch.Tensor], Loss]
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        loss = super().loss(policy, batch).policy
+        return type(self).make(loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda loss: Loss(loss * math.inf), "loss of 'orw-cfm-w2' is inf"),
+        (lambda loss: Loss(loss * math.nan), "loss of 'orw-cfm-w2' is nan"),
+        (lambda loss: Loss(loss.mean()), "must be one value per row"),
+        (lambda loss: Loss(None), "neither a policy nor an auxiliary part"),
+        (lambda loss: Loss((loss - loss.detach()).sqrt()), "the gradient of 'orw-cfm-w2' is (nan|inf) in iteration 1"),
+    ],
+    ids=["infinite", "nan", "reduced", "empty", "bad gradient"],
+)
+def test_a_faulty_loss_stops_the_run_by_name_before_it_touches_the_weights(
+    make: Callable, complaint: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer
+):
+    trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=settings_for("orw-cfm-w2")), tmp_path)
+    faulty = Broken(trainer.algorithm.cfg)
+    faulty.setup(trainer.policy)
+    Broken.make = staticmethod(make)
+    trainer.algorithm = faulty
+    before = copy.deepcopy(trainer.parameters)
+    with pytest.raises(RunError, match=complaint):
+        trainer.run()
+    assert not changed(trainer.parameters, before)
+
+
+class Quadratic(Algorithm["Quadratic.Config"]):
+    """Rows pull the first trained parameter to zero with their own strength, so that gradients are known."""
+
+    class Config(AlgorithmConfig):
+        pass
+
+    info = type("Info", (), {"name": "quadratic", "needs": frozenset({"endpoint"})})
+
+    def prepare(self, rollout: Rollout) -> Batch:
+        return endpoints(rollout, torch.arange(len(rollout), dtype=torch.float32))
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        p = policy.trainable_parameters()[0]
+        return Loss(batch.advantage * p.square().sum(), metrics={"strength": batch.advantage.mean()})
+
+
+@pytest.mark.parametrize("microbatch", [None, 8, 3, 1])
+def test_microbatches_give_the_gradient_of_the_whole_minibatch(
+    microbatch: int | None, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer
+):
+    overrides = {
+        "training.microbatch": microbatch,
+        "training.prompts_per_iteration": 2,
+        "training.images": 8,
+        "training.minibatch": 8,
+        "training.max_grad_norm": 1e9,
+    }
+    trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
+    trainer.algorithm = Quadratic(Quadratic.Config())
+    norm = trainer.parameters[0].detach().norm().item()
+    logs = []
+    trainer.on_iteration = logs.append
+    trainer.run()
+    # mean of 0..7 is 3.5; the gradient of 3.5 |p|^2 is 7 p
+    assert logs[0].metrics["grad_norm"] == pytest.approx(7 * norm, rel=1e-4)
+    assert logs[0].metrics["strength"] == pytest.approx(3.5)
+
+
+def test_the_gradient_norm_is_clipped(tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer):
+    overrides = {"training.images": 16, "training.minibatch": 16, "training.max_grad_norm": 1e-3}
+    trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
+    norms = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (
+        norms.append(torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm().item()),
+        step(),
+    )
+    trainer.run()
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_the_average_follows_the_weights_by_its_decay(
+    tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer
+):
+    overrides = {"training.images": 16, "training.minibatch": 16, "training.ema": 0.75}
+    trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
+    before = copy.deepcopy([p.detach() for p in trainer.parameters])
+    trainer.run()
+    for a, b, p in zip(trainer.average, before, trainer.parameters, strict=True):
+        assert torch.allclose(a, 0.75 * b + 0.25 * p, atol=1e-6)
+    average = copy.deepcopy(trainer.average)
+    trainer.use_average()
+    assert not changed([p.detach() for p in trainer.parameters], average)
+
+
+def test_groups_are_the_images_of_one_prompt(tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer):
+    overrides = {"training.prompts_per_iteration": 3, "training.images_per_prompt": 4}
+    trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
+    seen = []
+    trainer.algorithm.prepare = lambda rollout: (seen.append(rollout), endpoints(rollout, rollout.reward))[1]
+    trainer.run()
+    for rollout in seen:
+        assert rollout.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+        assert [len(set(rollout.prompts[4 * g : 4 * g + 4])) for g in range(3)] == [1, 1, 1]
+        assert len(set(rollout.prompts)) == 3
+        assert len({tuple(x.flatten().tolist()) for x in rollout.x0}) == 12
+    assert seen[0].prompts != seen[1].prompts
