@@ -71,8 +71,11 @@ class RunConfig(_Section):
     hyperparameters: dict[str, Any] = {}
 
     def hash(self) -> str:
-        """Ten hex digits over everything but seed and device."""
+        """Ten hex digits over everything but seed and device, the preset's content included."""
         content = self.model_dump(mode="json", exclude={"seed", "device"})
+        # Its defaults for training are in the resolved settings already.
+        resolved = {"training", "evaluation", "algorithms"}
+        content["preset"] = load_preset(self.model).model_dump(mode="json", exclude=resolved)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 

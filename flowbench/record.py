@@ -89,9 +89,15 @@ def find_records(places: Iterable[Path]) -> list[Record]:
     for place in places:
         if not place.exists():
             raise UsageError(f"'{place}' does not exist")
-        files = [place] if place.is_file() else sorted([*place.rglob("record.json"), *place.glob("results/*.json")])
+        files = [place] if place.is_file() else _record_files(place)
         found += [load_record(file) for file in files]
     return found
+
+
+def _record_files(place: Path) -> list[Path]:
+    """record.json of every run below a folder, and every JSON below a folder named results."""
+    files = place.rglob("*.json")
+    return sorted(f for f in files if f.name == "record.json" or "results" in f.resolve().parts)
 
 
 def write_atomically(path: Path, text: str) -> None:

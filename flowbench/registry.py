@@ -181,7 +181,7 @@ def load_plugin_file(path: Path) -> None:
     """
     if not path.is_file():
         raise UsageError(f"plug-in file '{path}' does not exist")
-    before = set(algorithms.loaded) | {f"reward {n}" for n in rewards.loaded}
+    before = dict(algorithms.loaded), dict(rewards.loaded)
     name = f"flowbench_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -194,7 +194,7 @@ def load_plugin_file(path: Path) -> None:
         raise
     except Exception as error:
         raise UsageError(f"plug-in file '{path}' fails on import: {type(error).__name__}: {error}") from error
-    if before == set(algorithms.loaded) | {f"reward {n}" for n in rewards.loaded}:
+    if before == (algorithms.loaded, rewards.loaded):
         raise UsageError(
             f"plug-in file '{path}' registers nothing; decorate a class with register_algorithm or register_reward"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,14 @@ class Clip(Reward):
         return (image * self._encode_text(prompts)).sum(1)
 
     def provenance(self) -> dict[str, Any]:
-        return {"model": self.model_name, "pretrained": self.pretrained}
+        return {"model": self.model_name, "pretrained": self.pretrained, "sha256": self._fingerprint()}
+
+    def _fingerprint(self) -> str:
+        """Hash of the loaded weights, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @no_grad
     def _encode_text(self, prompts: tuple[str, ...]) -> torch.Tensor:

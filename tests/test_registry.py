@@ -110,6 +110,14 @@ def test_a_plugin_file_registers_its_reward_with_the_docstrings_first_line(tmp_p
     assert rewards.get("mine").info.summary == "What it is, in a line."
 
 
+def test_a_plugin_file_may_be_loaded_again_and_then_counts_anew(tmp_path: Path):
+    path = write(tmp_path / "mine.py", REWARD.format(name="mine"))
+    load_plugin_file(path)
+    first = rewards.get("mine").cls
+    load_plugin_file(path)
+    assert rewards.get("mine").cls is not first
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

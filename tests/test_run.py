@@ -73,7 +73,7 @@ def test_a_run_folder_answers_what_produced_it(finished: tuple):
     assert record.seed == 3
     assert record.command == "flowbench run acflow"
     assert set(record.prompt_hashes) == {"train", "test", "compositional"}
-    assert record.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(record.versions["torch"])
 
 
 def test_the_record_reads_back_as_it_was_written(finished: tuple):
@@ -142,7 +142,7 @@ def test_the_weights_that_are_evaluated_are_saved_for_diffusers(finished: tuple)
 def test_a_finished_run_is_not_overwritten(finished: tuple, resume: bool):
     folder, _, config = finished
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
-    with pytest.raises(UsageError, match="this run is finished: .*; change --seed or a setting"):
+    with pytest.raises(UsageError, match=r"this run is finished: .*; change --seed or a setting"):
         execute(config, folder, "again", resume=resume)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")} == before
 
@@ -155,7 +155,7 @@ def test_an_unfinished_run_is_continued_only_on_request(tmp_path: Path, tiny_con
 
     with pytest.raises(MemoryError):
         execute(config, tmp_path, "", resume=False, listener=Listener(on_iteration=fail))
-    with pytest.raises(UsageError, match="an unfinished run is in .*; add --resume to continue it"):
+    with pytest.raises(UsageError, match=r"an unfinished run is in .*; add --resume to continue it"):
         execute(config, tmp_path, "", resume=False)
     started = []
     record = execute(config, tmp_path, "", True, Listener(on_start=lambda done, total: started.append((done, total))))

@@ -58,7 +58,7 @@ def drawn(captions: list) -> tuple:
 
 
 def test_every_caption_parses_back_to_what_it_describes(captions: list):
-    assert len(captions) > 2900
+    assert len(captions) == 3084
     for caption in captions:
         assert parse(caption.text) == caption
         assert describe(caption.category, caption.objects, caption.relation) == caption
@@ -144,7 +144,7 @@ def test_objects_neither_overlap_nor_leave_the_picture(drawn: tuple):
             for j in present
         ]
         for a, b in combinations(masks, 2):
-            assert not ((a > 0) & (b > 0)).any()
+            assert np.minimum(a, b).sum() < 0.25  # pixels, of soft edges
         for mask in masks:
             assert mask[inside].sum() > 10
             assert mask[~inside].sum() < 0.1
