@@ -11,7 +11,9 @@ The paper's code and hyperparameters are not public: every default below is flow
 Deviations and choices where the source leaves them open:
 1. States are re-noised samples by default, so that V* = E[r_s | x_sigma]; "trajectory" takes the sampler's own states.
 2. The critic sees the pooled text embedding.
-3. Weights may be centred over the batch (`center`). Positive weights whose mean is not zero also distil the model on
+3. The images of a prompt are re-noised with the same noise and sigma (`shared_noise`). Their centred advantages sum to
+   about zero, so that most of the noise's part of the gradient cancels; the expectation is unchanged.
+4. Weights may be centred over the batch (`center`). Positive weights whose mean is not zero also distil the model on
    its own discretised samples; at small budgets that drift is stronger than the signal.
 """
 
@@ -51,6 +53,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         critic_width: int = Field(64, ge=8)
         states: Literal["renoised", "trajectory"] = "renoised"
         states_per_image: int = Field(1, ge=1, description="noisy states per image and pass, for re-noised states")
+        shared_noise: bool = Field(True, description="same noise and sigma for the images of a prompt")
         clip: float | None = Field(2.0, gt=0, description="bound on |A|; null is none")
         warmup: int = Field(5, ge=0, description="iterations in which only the critic learns")
         weight: Literal["exp", "softplus", "sigmoid", "linear", "topk"] = "linear"
@@ -70,6 +73,9 @@ class AcFlow(Algorithm["AcFlow.Config"]):
 
             torch.manual_seed(0)
             self.critic = StateCritic(policy.latent_shape[0], policy.pooled_width, self.cfg.critic_width)
+
+    def needs(self) -> frozenset[str]:
+        return self.info.needs if self.cfg.states == "trajectory" else frozenset({"endpoint"})
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the critic's target r_s; the advantage itself depends on the state."""
@@ -128,7 +134,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     def _state(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x_sigma, sigma and the target velocity of the straight path that joins x_sigma to its x0."""
         if batch.x is None or batch.sigma is None:
-            noisy = policy.renoise(batch.x0)
+            noisy = policy.renoise(batch.x0, share=batch.group if self.cfg.shared_noise else None)
             return noisy.x, noisy.sigma, noisy.u
         sigma = batch.sigma[:, None, None, None]
         return batch.x, batch.sigma, (batch.x - batch.x0) / sigma

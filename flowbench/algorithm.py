@@ -50,6 +50,10 @@ class Algorithm(Generic[C]):
         """Build networks of its own or ask the policy for a weight view; called once, before a checkpoint is loaded."""
         self.policy = policy
 
+    def needs(self) -> frozenset[str]:
+        """What this configuration really needs of the class's declared needs; fewer states kept is memory saved."""
+        return self.info.needs
+
     def prepare(self, rollout: Rollout) -> Batch:
         """Turn a scored rollout into rows for the loss."""
         raise NotImplementedError

@@ -287,8 +287,11 @@ class Policy:
         """Width of the pooled text embedding."""
         return int(self.transformer.config.pooled_projection_dim)
 
-    def renoise(self, x0: torch.Tensor) -> Renoised:
-        """x0 mixed with fresh noise at fresh sigmas; `sigma_distribution` says how sigma is drawn."""
+    def renoise(self, x0: torch.Tensor, share: torch.Tensor | None = None) -> Renoised:
+        """x0 mixed with fresh noise at fresh sigmas; `sigma_distribution` says how sigma is drawn.
+
+        Rows with the same number in `share` (R,) get the same noise and the same sigma.
+        """
         eps, n = self._randn(x0.shape), len(x0)
         if self.sigma_distribution == "logit-normal":
             sigma = torch.sigmoid(torch.randn(n, generator=self.generator))
@@ -303,6 +306,9 @@ class Policy:
                 "use 'logit-normal', 'uniform' or 'sampler'"
             )
         sigma = sigma.to(self.device)
+        if share is not None:
+            drawn = share.unique(return_inverse=True)[1]
+            eps, sigma = eps[drawn], sigma[drawn]
         return Renoised(interpolate(x0, eps, sigma), sigma, eps - x0)
 
     @no_grad

@@ -39,7 +39,9 @@ def checked_score(reward: Reward, images: torch.Tensor, prompts: tuple[str, ...]
     if len(images) != len(prompts):
         raise RunError(f"reward '{name}' was given {len(images)} images for {len(prompts)} prompts")
     if not images.isfinite().all():
-        raise RunError(f"reward '{name}' was given an image with NaN; lower training.learning_rate or use more precision")
+        raise RunError(
+            f"reward '{name}' was given an image with NaN; lower training.learning_rate or use more precision"
+        )
     scores = torch.as_tensor(reward.score(images, prompts)).float().to(images.device)
     if scores.shape != (len(images),):
         raise RunError(

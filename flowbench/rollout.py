@@ -63,13 +63,15 @@ class Batch:
     """Rows for the loss. A row is an image, or one transition of an image's sampling path.
 
     x0 (R, C, h, w); advantage (R,), what the algorithm made of the rewards (its own docstring says which quantity);
-    prompts: R texts; and for transitions x, x_next (R, C, h, w), sigma, sigma_next, log_prob_old (R,).
+    prompts: R texts; group (R,) int64, rows that belong together and stay in one minibatch where they fit; and for
+    transitions x, x_next (R, C, h, w), sigma, sigma_next, log_prob_old (R,).
     """
 
     prompts: tuple[str, ...]
     cond: Conditioning
     x0: torch.Tensor
     advantage: torch.Tensor
+    group: torch.Tensor | None = None
     x: torch.Tensor | None = None
     x_next: torch.Tensor | None = None
     sigma: torch.Tensor | None = None
@@ -117,10 +119,11 @@ class Transition:
 
 
 def endpoints(rollout: Rollout, advantage: torch.Tensor, copies: int = 1) -> Batch:
-    """`copies` rows per image."""
+    """`copies` rows per image; rows of a prompt's images that are the same copy share a group."""
     batch = Batch(rollout.prompts, rollout.cond, rollout.x0, advantage)
-    rows = torch.arange(len(batch), device=rollout.x0.device)
-    return batch if copies == 1 else batch.select(rows.repeat_interleave(copies))
+    rows = torch.arange(len(batch), device=rollout.x0.device).repeat(copies)
+    copy = torch.arange(copies, device=rows.device).repeat_interleave(len(batch))
+    return replace(batch.select(rows), group=rollout.group[rows] * copies + copy)
 
 
 def visited(rollout: Rollout, advantage: torch.Tensor, step: torch.Tensor) -> Batch:

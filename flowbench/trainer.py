@@ -144,7 +144,7 @@ class Trainer:
     def _collect(self) -> Rollout:
         """Generate and score the images of one iteration."""
         training, seed, k = self.config.training, self.config.seed, self.iteration
-        needs = self.algorithm.info.needs
+        needs = self.algorithm.needs()
         chosen = torch.randperm(len(self.prompts), generator=generator_for(seed, "prompts", k))
         chosen = chosen.repeat(math.ceil(training.prompts_per_iteration / len(chosen)))[
             : training.prompts_per_iteration
@@ -195,7 +195,7 @@ class Trainer:
         order = generator_for(self.config.seed, "minibatches", self.iteration)
         with self._timed("update"):
             for _ in range(training.epochs):
-                for rows in torch.randperm(len(batch), generator=order).split(training.minibatch):
+                for rows in _shuffled(batch, order).split(training.minibatch):
                     for name, value in self._step(batch.select(rows.to(self.policy.device))).items():
                         sums[name] = sums.get(name, 0.0) + value
                         counts[name] = counts.get(name, 0) + 1
@@ -321,6 +321,16 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def _shuffled(batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """The batch's rows in random order; rows of one group stay next to each other."""
+    rows = torch.randperm(len(batch), generator=generator)
+    if batch.group is None:
+        return rows
+    groups = batch.group.cpu()[rows]
+    rank = torch.randperm(int(groups.max()) + 1, generator=generator)
+    return rows[rank[groups].argsort(stable=True)]
 
 
 def _total(loss: Loss, name: str) -> torch.Tensor:

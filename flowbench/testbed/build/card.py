@@ -83,12 +83,15 @@ the pipeline's default (256) is another softmax, and slower.
 ## Training
 
 - VAE: {_plan(vae.PLAN, vae.BATCH)}; L1 + 2 MSE, tiny KL, pixels of objects weigh three times.
-- Text towers: {_plan(text.PLAN, text.BATCH)}; contrastive against an image tower that is thrown away; then frozen.
-- Transformer: {_plan(transformer.PLAN, transformer.BATCH)}; {transformer.POOL} latents, logit-normal sigmas,
-  caption dropout {transformer.CAPTION_DROPOUT}.
-- {transformer.WRONG_CAPTIONS:.0%} of the transformer's training captions are wrong in one attribute, as captions from
-  the web are. The model can draw every scene but does not always draw the one it was asked for: the headroom for reward
-  fine-tuning.
+- Text towers: {_plan(text.PLAN, text.BATCH)}; contrastive against
+  mini-clip's locked image tower, with one hard negative caption per image; then frozen.
+- Transformer: {_plan(transformer.PLAN, transformer.BATCH)}; {transformer.POOL} latents, logit-normal
+  ({transformer.SIGMA_MEAN}, {transformer.SIGMA_STD}) sigmas, caption dropout {transformer.CAPTION_DROPOUT}.
+- Then its velocity with guidance {transformer.GUIDANCE} is distilled into it, so that it is sampled without guidance:
+  {_plan(transformer.DISTIL, transformer.BATCH)}.
+- It still mixes up attributes, counts and relations: the headroom for fine-tuning.
+- The shipped transformer was trained in several stages, on an earlier version of the world and other text towers first.
+  A rebuild trains on the present world only.
 - Captions of the compositional split (held-out colour-shape pairs and pairings) occur in no training stage.
 
 Rebuild: `flowbench testbed build`.

@@ -1,4 +1,4 @@
-"""Stage 4: mini CLIP, open_clip's own classes and file format at small size: the `clip` reward of mini-sd3."""
+"""Stage 2: mini CLIP, open_clip's own classes and file format at small size: the `clip` reward of mini-sd3."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from ..world import Caption, mutate
 from .data import draw_captions, draw_images
 from .fit import FitPlan, Progress, fit
-from .text import MAX_TOKENS
+from .tokenizer import MAX_TOKENS
 
 PLAN = FitPlan("clip", steps=2600, lr=1.5e-3, weight_decay=0.05, warmup=200, checkpoint_every=100)
 BATCH = 96

@@ -14,19 +14,19 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ...errors import UsageError, did_you_mean
 from ...run import pick_device
-from ...state import load_state
 from ..weights import weights_folder
 from . import clip, text, transformer, vae
 from .card import write_cards
 from .fit import Progress
+from .tokenizer import build_tokenizer
 
-STAGES = ("vae", "text", "transformer", "clip")
+STAGES = ("vae", "clip", "text", "transformer")
 
 
 def build(output: Path | None, work: Path, only: Sequence[str], seed: int, device: str, progress: Progress) -> Path:
     """Train the stages that are not finished and write mini-sd3 and mini-clip; returns their folder.
 
-    `only` retrains these stages and keeps what the work folder, or else the shipped weights, have of the others.
+    `only` retrains these stages and takes the others from the shipped weights.
     Raises UsageError for an unknown stage.
     """
     for stage in only:
@@ -35,40 +35,49 @@ def build(output: Path | None, work: Path, only: Sequence[str], seed: int, devic
     stages, where = tuple(only) or STAGES, pick_device(device)
     folder = output or weights_folder()
     work.mkdir(parents=True, exist_ok=True)
-    pipeline = _assemble(work, stages, seed, where, progress)
-    if "transformer" in stages:
-        transformer.train_transformer(pipeline, work, seed, progress)
-    if {"vae", "text", "transformer"} & set(stages):
-        save_pipeline(pipeline, folder / "mini-sd3")
+    tokenizer = build_tokenizer(work / "tokenizer")
     if "clip" in stages:
-        model = clip.train_clip(pipeline.tokenizer, work, seed, where, progress)
-        clip.save_clip(model, pipeline.tokenizer, folder / "mini-clip")
+        clip.save_clip(clip.train_clip(tokenizer, work, seed, where, progress), tokenizer, folder / "mini-clip")
+    if {"vae", "text", "transformer"} & set(stages):
+        pipeline = _assemble(tokenizer, folder, work, stages, seed, where, progress)
+        if "transformer" in stages:
+            transformer.train_transformer(pipeline, work, seed, progress)
+            transformer.distil_guidance(pipeline, work, seed, progress)
+        save_pipeline(pipeline, folder / "mini-sd3")
     write_cards(folder)
     return folder
 
 
 def _assemble(
-    work: Path, stages: Sequence[str], seed: int, device: torch.device, progress: Progress
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    work: Path,
+    stages: Sequence[str],
+    seed: int,
+    device: torch.device,
+    progress: Progress,
 ) -> StableDiffusion3Pipeline:
-    """The pipeline with its VAE and text towers, trained now or taken from the shipped weights."""
+    """The pipeline with each part trained now, taken from the shipped weights, or (the transformer) still untrained."""
     shipped = weights_folder() / "mini-sd3"
     if "vae" in stages:
         autoencoder = vae.train_vae(work, seed, device, progress)
     else:
         autoencoder = AutoencoderKL.from_pretrained(shipped / "vae").to(device)
     if "text" in stages:
-        tokenizer = text.build_tokenizer(work / "tokenizer")
-        towers = text.train_text_towers(tokenizer, work, seed, device, progress)
+        clip_folder = folder if (folder / "mini-clip").is_dir() else weights_folder()
+        locked = open_clip.create_model(f"local-dir:{clip_folder / 'mini-clip'}").eval().to(device)
+        towers = text.train_text_towers(tokenizer, locked, work, seed, device, progress)
         first, second = towers.first, towers.second
     else:
-        tokenizer = CLIPTokenizer.from_pretrained(shipped / "tokenizer")
         first, second = (
             CLIPTextModelWithProjection.from_pretrained(shipped / name).to(device)
             for name in ("text_encoder", "text_encoder_2")
         )
     torch.manual_seed(seed + 3)
+    new = transformer.new_transformer(2 * text.WIDTH)
+    backbone = new if "transformer" in stages else new.from_pretrained(shipped / "transformer")
     return StableDiffusion3Pipeline(
-        transformer=transformer.new_transformer(2 * text.WIDTH).to(device),
+        transformer=backbone.to(device),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=autoencoder,
         text_encoder=first,
@@ -86,23 +95,6 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
         shutil.rmtree(folder)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("config.json"):  # where a part was loaded from is nobody's business
-        config = {key: value for key, value in read_json(path).items() if key != "_name_or_path"}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def load_checkpointed_clip(work: Path, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
-    """The mini CLIP as its last checkpoint has it, to look at it while it trains."""
-    model = open_clip.CLIP(**clip.clip_config(len(tokenizer)))
-    model.load_state_dict(load_state(work / "clip.safetensors")["module"])
-    return model.eval()
-
-
-def total_megabytes(folder: Path) -> float:
-    """Size of all weight files below a folder."""
-    return sum(f.stat().st_size for f in folder.rglob("*.safetensors")) / 1e6
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file."""
-    content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    return content
