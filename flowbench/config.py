@@ -41,6 +41,7 @@ class TrainingConfig(_Section):
     sampler: str = Field("ode", description="sampler of training rollouts")
     eta: float = Field(0.7, ge=0, description="noise level of a stochastic sampler")
     sigma_distribution: Literal["logit-normal", "uniform", "sampler"] = "logit-normal"
+    sigma_logit: tuple[float, float] = Field((0.0, 1.0), description="mean and deviation of the logit-normal sigmas")
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of the average of the tuned weights that is evaluated; 0 is none"
     )

@@ -72,12 +72,14 @@ class Policy:
         tuning: Tuning = Tuning(),
         device: torch.device | None = None,
         sigma_distribution: str = "logit-normal",
+        sigma_logit: tuple[float, float] = (0.0, 1.0),
         sampler: str = "ode",
         eta: float = 0.7,
         gradient_checkpointing: bool = False,
     ) -> None:
         self.pipeline, self.preset, self.tuning = pipeline, preset, tuning
         self.device = device = device or torch.device("cpu")
+        self.sigma_logit = sigma_logit
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
         self.function_evaluations = 0
@@ -294,7 +296,8 @@ class Policy:
         """
         eps, n = self._randn(x0.shape), len(x0)
         if self.sigma_distribution == "logit-normal":
-            sigma = torch.sigmoid(torch.randn(n, generator=self.generator))
+            mean, std = self.sigma_logit
+            sigma = torch.sigmoid(mean + std * torch.randn(n, generator=self.generator))
         elif self.sigma_distribution == "uniform":
             sigma = torch.rand(n, generator=self.generator)
         elif self.sigma_distribution == "sampler":

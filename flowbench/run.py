@@ -88,10 +88,11 @@ def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -
         preset,
         Tuning(training.tuning, training.lora_rank, training.lora_alpha),
         device,
-        training.sigma_distribution,
-        training.sampler,
-        training.eta,
-        training.gradient_checkpointing,
+        sigma_distribution=training.sigma_distribution,
+        sigma_logit=training.sigma_logit,
+        sampler=training.sampler,
+        eta=training.eta,
+        gradient_checkpointing=training.gradient_checkpointing,
     )
 
 

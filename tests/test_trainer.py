@@ -18,8 +18,9 @@ from flowbench.errors import RunError
 from flowbench.policy import Policy
 from flowbench.registry import algorithms
 from flowbench.reward import Reward, checked_score, register_reward
+from flowbench.rollout import Conditioning
 from flowbench.state import load_state
-from flowbench.trainer import CHECKPOINT, RunInterruptedError, Trainer
+from flowbench.trainer import CHECKPOINT, RunInterruptedError, Trainer, _shuffled
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]
@@ -331,3 +332,12 @@ def test_groups_are_the_images_of_one_prompt(tmp_path: Path, tiny_config: MakeCo
         assert len(set(rollout.prompts)) == 3
         assert len({tuple(x.flatten().tolist()) for x in rollout.x0}) == 12
     assert seen[0].prompts != seen[1].prompts
+
+
+def test_minibatches_keep_the_rows_of_a_group_together():
+    group = torch.tensor([0, 1, 2, 3] * 3)
+    batch = Batch((("a",) * 12), Conditioning(*torch.zeros(3, 12)), torch.zeros(12, 1), torch.zeros(12), group=group)
+    for seed in range(5):
+        rows = _shuffled(batch, torch.Generator().manual_seed(seed))
+        assert sorted(rows.tolist()) == list(range(12))
+        assert all(len(set(group[part].tolist())) == 1 for part in rows.split(3))

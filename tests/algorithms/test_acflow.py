@@ -24,6 +24,7 @@ PLAIN = {
     "algorithm.clip": None,
     "algorithm.weight": "exp",
     "algorithm.center": False,
+    "algorithm.shared_noise": False,
     "algorithm.warmup": 0,
     "algorithm.states": "renoised",
     "algorithm.states_per_image": 1,
@@ -281,8 +282,25 @@ def test_the_target_velocity_of_a_visited_state_leads_straight_to_its_endpoint(s
 def test_several_states_per_image_are_rows_of_their_own(shared_policy: Policy, rollout: Rollout):
     batch = build(shared_policy, states_per_image=3).prepare(rollout)
     assert len(batch) == 36
-    assert torch.equal(batch.x0, rollout.x0.repeat_interleave(3, 0))
-    assert batch.prompts == tuple(p for p in rollout.prompts for _ in range(3))
+    assert torch.equal(batch.x0, rollout.x0.repeat(3, 1, 1, 1))
+    assert batch.prompts == rollout.prompts * 3
+
+
+def test_the_images_of_a_prompt_share_noise_and_other_rows_do_not(shared_policy: Policy, rollout: Rollout):
+    batch = build(shared_policy, states_per_image=2).prepare(rollout)
+    noisy = shared_policy.renoise(batch.x0, share=batch.group)
+    eps = (noisy.u + batch.x0).round(decimals=4)
+    rows = {tuple(e.flatten().tolist()[:8]) for e in eps}
+    assert len(rows) == 2 * len(set(rollout.prompts))
+    for group in batch.group.unique():
+        same = batch.group == group
+        assert len({batch.prompts[i] for i in same.nonzero()[:, 0].tolist()}) == 1
+        assert len(noisy.sigma[same].unique()) == 1
+
+
+def test_sampler_states_are_kept_only_for_trajectory_states(shared_policy: Policy):
+    assert "states" in build(shared_policy, states="trajectory").needs()
+    assert "states" not in build(shared_policy, states="renoised").needs()
 
 
 def test_explained_variance_is_one_for_the_truth_and_zero_for_the_mean():
