@@ -59,7 +59,7 @@ def exclusive_captions(n: int, rng: np.random.Generator) -> tuple[torch.Tensor, 
 
 
 @torch.no_grad()
-def retrieval_top1(model: torch.nn.Module, tokenizer: object, rounds: int = 10, n: int = 64) -> float:
+def retrieval_top1(model: torch.nn.Module, tokenizer: object, rounds: int = 5, n: int = 64) -> float:
     """Share of held-out scenes whose own caption is the nearest among n mutually exclusive ones."""
     rng = np.random.default_rng(HELD_OUT + 1)
     hits = 0
