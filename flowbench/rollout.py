@@ -71,12 +71,12 @@ class Batch:
     cond: Conditioning
     x0: torch.Tensor
     advantage: torch.Tensor
-    group: torch.Tensor | None = None
     x: torch.Tensor | None = None
     x_next: torch.Tensor | None = None
     sigma: torch.Tensor | None = None
     sigma_next: torch.Tensor | None = None
     log_prob_old: torch.Tensor | None = None
+    group: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -191,7 +191,7 @@ class ConstantVelocity:
         self.v = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
         self.u = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).view(4, 1, 1, 1)
 
-    def renoise(self, x0: torch.Tensor) -> Any:
+    def renoise(self, x0: torch.Tensor, share: torch.Tensor | None = None) -> Any:
         from flowbench.policy import Renoised
 
         return Renoised(x0, torch.full((4,), 0.5, dtype=torch.float64), self.u)
