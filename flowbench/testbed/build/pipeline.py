@@ -94,7 +94,8 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for path in (folder / "model_index.json", *folder.rglob("config.json")):  # where a part was loaded from is nobody's business
+    # Where a part was loaded from is nobody's business.
+    for path in (folder / "model_index.json", *folder.rglob("config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
