@@ -73,8 +73,14 @@ Apache-2.0, like flowbench. It is a testbed for reward fine-tuning and of no oth
 
 ```python
 pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-pipeline("a red circle above a blue square", height=32, width=32, num_inference_steps=10, guidance_scale=1.0,
-         max_sequence_length={transformer.T5_TOKENS})
+pipeline(
+    "a red circle above a blue square",
+    height=32,
+    width=32,
+    num_inference_steps=10,
+    guidance_scale=1.0,
+    max_sequence_length={transformer.T5_TOKENS},
+)
 ```
 
 `max_sequence_length` is the number of zero tokens that stand in for T5. It was {transformer.T5_TOKENS} in training;
