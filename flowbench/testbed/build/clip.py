@@ -70,6 +70,20 @@ def contrastive_batch(n: int, rng: np.random.Generator) -> tuple[torch.Tensor, l
     return images.clamp(0, 1), captions, [mutate(c, rng) for c in captions]
 
 
+def info_nce(image: torch.Tensor, text: torch.Tensor, tokens: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """Contrastive loss of normalised embeddings, image to text plus text to image.
+
+    image (B, D); text (2 B, D) of tokens (2 B, L), whose second half are wrong captions: negatives for the images
+    alone. Equal captions are not negatives of each other.
+    """
+    n = len(image)
+    logits = image @ text.T * log_scale.exp().clamp(max=100)
+    equal = (tokens[:n, None] == tokens[None]).all(2).float()
+    into_text = F.cross_entropy(logits, equal / equal.sum(1, keepdim=True))
+    square = equal[:, :n]
+    return into_text + F.cross_entropy(logits[:, :n].T, square / square.sum(1, keepdim=True))
+
+
 def train_clip(
     tokenizer: CLIPTokenizer, work: Path, seed: int, device: torch.device, progress: Progress, plan: FitPlan = PLAN
 ) -> open_clip.CLIP:
@@ -85,11 +99,7 @@ def train_clip(
         with torch.autocast(device.type, torch.bfloat16):
             image, text = model.encode_image(images.to(device) * 2 - 1), model.encode_text(tokens)
         image, text = F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
-        logits = image @ text.T * model.logit_scale.exp().clamp(max=100)
-        equal = (tokens[:BATCH, None] == tokens[None]).all(2).float()
-        into_text = F.cross_entropy(logits, equal / equal.sum(1, keepdim=True))
-        square = equal[:, :BATCH]
-        return into_text + F.cross_entropy(logits[:, :BATCH].T, square / square.sum(1, keepdim=True))
+        return info_nce(image, text, tokens, model.logit_scale)
 
     fit(model, loss, plan, work, progress)
     return model

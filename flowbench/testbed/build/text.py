@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .clip import contrastive_batch
+from .clip import contrastive_batch, info_nce
 from .fit import FitPlan, Progress, fit
 from .tokenizer import MAX_TOKENS
 
@@ -48,16 +48,9 @@ class TwoTowers(nn.Module):
 
     def loss(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """InfoNCE of each tower against normalised image embeddings (B, D); tokens (2 B, L), the second half wrong."""
-        n = len(image)
-        equal = (tokens[:n, None] == tokens[None]).all(2).float()
-        into_text = equal / equal.sum(1, keepdim=True)
-        into_image = equal[:, :n] / equal[:, :n].sum(1, keepdim=True)
-        total = torch.zeros((), device=image.device)
-        for tower in (self.first, self.second):
-            text = F.normalize(tower(input_ids=tokens).text_embeds.float(), dim=1)
-            logits = image @ text.T * self.log_temperature.exp().clamp(max=100)
-            total = total + F.cross_entropy(logits, into_text) + F.cross_entropy(logits[:, :n].T, into_image)
-        return total / 2
+        texts = (F.normalize(tower(input_ids=tokens).text_embeds.float(), dim=1) for tower in (self.first, self.second))
+        first, second = (info_nce(image, text, tokens, self.log_temperature) for text in texts)
+        return (first + second) / 2
 
 
 def train_text_towers(
