@@ -215,13 +215,15 @@ def testbed_show(
 
 
 @testbed.command("path")
-def testbed_path(model: Annotated[str, typer.Argument(help="mini-sd3 or mini-clip.")]) -> None:
-    """Print the folder of an embedded model; plain diffusers or open_clip loads it."""
+def testbed_path(
+    model: Annotated[str, typer.Argument(help="mini-sd3, mini-clip, mini-hpsv2, mini-pickscore or mini-aesthetic.")],
+) -> None:
+    """Print the folder of an embedded model; plain diffusers, open_clip or transformers loads it."""
     from .errors import did_you_mean
-    from .testbed.weights import MODELS, weights_folder
+    from .testbed.weights import embedded_models, weights_folder
 
-    if model not in MODELS:
-        raise UsageError(f"unknown testbed model '{model}'{did_you_mean(model, MODELS)}")
+    if model not in embedded_models():
+        raise UsageError(f"unknown testbed model '{model}'{did_you_mean(model, embedded_models())}")
     typer.echo(weights_folder() / model)
 
 

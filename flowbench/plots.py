@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+TRUTH = "oracle_exact"
 SHOWN_METRICS = (
     "w2",
     "fit",
@@ -50,7 +51,7 @@ def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]
 
 
 def learning_curves(path: Path, lines: list[dict], title: str) -> None:
-    """The training reward over images, with one panel for each logged metric worth a look."""
+    """The training reward over images, beside the truth where it is known; a panel for each metric worth a look."""
     from matplotlib.figure import Figure
 
     images = [line["images"] for line in lines]
@@ -61,15 +62,25 @@ def learning_curves(path: Path, lines: list[dict], title: str) -> None:
     axes[0].plot(images, reward, alpha=0.35, color="tab:blue", linewidth=1)
     axes[0].plot(images, _smooth(reward), color="tab:blue")
     axes[0].set(title=title, xlabel="images", ylabel="reward (training prompts)")
+    if any(TRUTH in line["metrics"] for line in lines):
+        known, verdicts = _logged(lines, TRUTH)
+        right = axes[0].twinx()
+        right.plot(known, verdicts, alpha=0.35, color="tab:green", linewidth=1)
+        right.plot(known, _smooth(verdicts), color="tab:green")
+        right.set_ylabel("truth (oracle, exact)", color="tab:green")
+        axes[0].yaxis.label.set_color("tab:blue")
     for axis, metric in zip(axes[1:], shown, strict=True):
-        points = [
-            (i, line["metrics"][metric]) for i, line in zip(images, lines, strict=True) if metric in line["metrics"]
-        ]
-        axis.plot(*zip(*points, strict=True), color="tab:gray", linewidth=1)
+        axis.plot(*_logged(lines, metric), color="tab:gray", linewidth=1)
         axis.set(title=metric.replace("_", " "), xlabel="images")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def _logged(lines: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and values where a metric was logged."""
+    points = [(line["images"], line["metrics"][metric]) for line in lines if metric in line["metrics"]]
+    return np.array([i for i, _ in points]), np.array([value for _, value in points])
 
 
 def ablation_curves(path: Path, variants: Mapping[str, Mapping[str, Curve]], title: str) -> None:

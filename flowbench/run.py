@@ -23,7 +23,7 @@ from .analytic.study import exact_study
 from .combination import path_name
 from .config import EvaluationConfig, RunConfig
 from .errors import RunError, UsageError
-from .evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split
+from .evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split, truth
 from .evaluation.statistics import mean_ci95
 from .plots import learning_curves, sample_grid
 from .policy import Policy, Tuning, load_pipeline
@@ -32,10 +32,12 @@ from .prompts import PromptSplit, load_split, spread
 from .record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from .registry import algorithms
 from .reward import Reward, checked_score
+from .rollout import Rollout
 from .scorers import build_judges, build_reward
 from .trainer import CHECKPOINT, METRICS, IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
+TRUTH_EVERY = 4  # iterations; the oracle costs a twentieth of an iteration
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,15 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     reward = build_reward(config.reward, preset, device, config.training.reward_scale == "standardized")
     policy = build_policy(config, preset, device)
     # Now, so that a missing or forbidden judge costs no training; a GPU's memory is then for training alone.
-    judges: Judges | None = build_judges(config, reward, preset, torch.device("cpu"))
-    if device.type != "cpu":
-        judges = None
+    early = build_judges(config, reward, preset, torch.device("cpu"))
+    judges = early if device.type == "cpu" else None
     algorithm = build_algorithm(config, reward)
     trainer = Trainer(config, policy, algorithm, reward, train_prompts.prompts, folder, listener.on_iteration)
     study = exact_study(policy, reward, config, trainer.iterations)
     if study:
         trainer.probe = study.probe
+    if early.oracle and config.reward != "oracle":
+        trainer.observe = _truth_of_training
     if resume:
         trainer.resume()
     listener.on_start(trainer.iteration, trainer.iterations)
@@ -166,6 +169,13 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         study.draw(folder / "frontier.png", read_metrics(folder / METRICS), scores)
     (folder / DONE).touch()
     return record
+
+
+def _truth_of_training(rollout: Rollout) -> dict[str, float]:
+    """What the oracle thinks of the images trained on, now and then: beside the reward it shows over-optimisation."""
+    if rollout.iteration % TRUTH_EVERY:
+        return {}
+    return {name: verdicts.mean().item() for name, verdicts in truth(rollout.images, rollout.prompts).items()}
 
 
 @dataclass(frozen=True)

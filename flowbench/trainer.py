@@ -56,7 +56,8 @@ class IterationLog:
 class Trainer:
     """Trains a policy with an algorithm on a reward until the budget of images is spent.
 
-    `probe` may be set: further metrics of the policy after an iteration (from 1), for the log.
+    Further metrics for the log may be set: `probe` of the policy after an iteration (from 1), `observe` of the images
+    of an iteration.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Trainer:
         self.config, self.policy, self.algorithm, self.reward = config, policy, algorithm, reward
         self.prompts, self.folder, self.on_iteration = prompts, folder, on_iteration
         self.probe: Callable[[int], dict[str, float]] = lambda iteration: {}
+        self.observe: Callable[[Rollout], dict[str, float]] = lambda rollout: {}
         self.budget, self.iteration = Budget(), 0
         training = config.training
         self.images_per_iteration = training.prompts_per_iteration * training.images_per_prompt
@@ -130,7 +132,7 @@ class Trainer:
         self.algorithm.after_iteration(self.policy)
         self.iteration += 1
         with self._timed("probe"):
-            metrics |= self.probe(self.iteration)
+            metrics |= self.probe(self.iteration) | self.observe(rollout)
         self.budget.images += len(rollout)
         self.budget.function_evaluations = self.policy.function_evaluations
         seconds = time.perf_counter() - begun

@@ -12,6 +12,7 @@ import yaml
 
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
+from flowbench.presets import load_preset
 from flowbench.record import Record, load_record
 from flowbench.reevaluate import evaluate
 from flowbench.run import Listener, execute, load_tuned, pick_device, run_folder
@@ -92,9 +93,24 @@ def test_the_record_counts_what_was_spent(finished: tuple):
     assert record.budget.peak_memory_mb > 50
 
 
+def test_the_truth_of_the_images_trained_on_is_logged_now_and_then(finished: tuple):
+    folder, _, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    verdicts = [line["metrics"].get("oracle_exact") for line in lines]
+    assert 0 <= verdicts[0] <= 1
+    assert verdicts[1:] == [None] * 3
+
+
+def test_a_run_on_the_truth_itself_logs_no_truth_beside_it(tiny_config: MakeConfig, tmp_path: Path):
+    config = tiny_config("raft", "oracle")
+    execute(config, tmp_path / "run", "", resume=False)
+    assert "oracle_exact" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_scores_are_the_means_of_the_per_prompt_values(finished: tuple):
     _, record, _ = finished
-    assert {key.split("/")[0] for key in record.scores} == {"clip", "oracle_exact", "oracle_soft", "w2", "diversity"}
+    measured = {"oracle_exact", "oracle_soft", "w2", "diversity", *load_preset("mini-sd3").rewards}
+    assert {key.split("/")[0] for key in record.scores} == measured
     for key, values in record.per_prompt.items():
         score = record.scores[key]
         assert len(values["base"]) == len(values["tuned"]) == len(record.prompts[key.split("/")[1]]) == 6

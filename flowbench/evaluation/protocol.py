@@ -116,16 +116,26 @@ def score_images(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -
     """
     scores = {name: checked_score(reward, images, texts) for name, reward in judges.rewards.items()}
     if judges.oracle:
-        from ..testbed.oracle import judge_images
-        from ..testbed.world import parse
-
-        try:
-            verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
-        except ValueError as error:
-            raise RunError(f"{error}; name other judges with evaluation.judges") from error
-        scores["oracle_exact"] = torch.tensor([float(v.exact) for v in verdicts])
-        scores["oracle_soft"] = torch.tensor([v.soft for v in verdicts])
+        scores |= truth(images, texts)
     return scores
+
+
+def truth(images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The oracle's two verdicts (B,) on images (B, 3, H, W) in [0, 1] of the world of shapes.
+
+    Raises RunError for images or prompts that it cannot read.
+    """
+    from ..testbed.oracle import judge_images
+    from ..testbed.world import parse
+
+    try:
+        verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
+    except ValueError as error:
+        raise RunError(f"{error}; name other judges with evaluation.judges") from error
+    return {
+        "oracle_exact": torch.tensor([float(v.exact) for v in verdicts]),
+        "oracle_soft": torch.tensor([v.soft for v in verdicts]),
+    }
 
 
 def _velocity_distance(

@@ -7,12 +7,13 @@ from typing import Any
 import open_clip
 import torch
 from torch import nn
-from transformers import BlipVisionModel, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import BlipTextModel, BlipVisionModel, CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ...preprocess import CLIP_MEAN, CLIP_STD
 from .clip import Widths
 from .tokenizer import MAX_TOKENS
 
+WORD_STD = 0.05  # deviation of a BLIP text encoder's word embeddings at the start
 VISION_LAYERS, TEXT_LAYERS = (0, 1, 3), (0, 2)  # of mini-clip's; the file is then two thirds of its size
 
 
@@ -69,6 +70,13 @@ def copy_vision(source: open_clip.CLIP, target: BlipVisionModel) -> None:
         layer.self_attn.qkv.bias.copy_(block.attn.in_proj_bias)
         _copy(block.attn.out_proj, layer.self_attn.projection)
         _copy_rest(block, layer)
+
+
+@torch.no_grad()
+def copy_words(source: open_clip.CLIP, target: BlipTextModel) -> None:
+    """Start a BLIP text encoder's word embeddings from mini-clip's, at the scale of its own initialisation."""
+    words, known = target.embeddings.word_embeddings.weight, source.token_embedding.weight
+    words.copy_(known * (WORD_STD / known.std()))
 
 
 def _renormalised(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
