@@ -216,7 +216,7 @@ def testbed_show(
 
 @testbed.command("path")
 def testbed_path(
-    model: Annotated[str, typer.Argument(help="mini-sd3, mini-clip, mini-hpsv2, mini-pickscore or mini-aesthetic.")],
+    model: Annotated[str, typer.Argument(help="mini-sd3, mini-clip, mini-hpsv2, mini-imagereward, ...")],
 ) -> None:
     """Print the folder of an embedded model; plain diffusers, open_clip or transformers loads it."""
     from .errors import did_you_mean

@@ -115,7 +115,7 @@ of a caption, as HPSv2 is CLIP ViT-H/14 fine-tuned on human choices. In open_cli
     "imagereward": """
 The `imagereward` reward of mini-sd3: transformers' BLIP classes at small size, with cross-attention from caption to
 picture and a head, trained to rank pictures of a caption and captions of a picture; its vision transformer is that of
-mini-clip, less a layer, and stays fixed. Its weights have the names of the official checkpoint.
+mini-clip, less a layer, and learns in the last steps only. Its weights have the names of the official checkpoint.
 """,
     "pickscore": """
 The `pickscore` reward of mini-sd3: transformers' `CLIPModel` at small size, started from some of mini-clip's layers and

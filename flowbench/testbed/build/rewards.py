@@ -37,7 +37,8 @@ NAMES = ("hpsv2", "imagereward", "pickscore", "aesthetic")
 PLANS = {
     "hpsv2": FitPlan("hpsv2", steps=500, lr=3e-4, warmup=30, weight_decay=0.05, checkpoint_every=50),
     "blip": FitPlan("blip", steps=400, lr=1e-3, lr_end=5e-4, warmup=50, weight_decay=0.05, checkpoint_every=100),
-    "imagereward": FitPlan("imagereward", steps=500, lr=7e-4, warmup=30, weight_decay=0.05, checkpoint_every=100),
+    "imagereward": FitPlan("imagereward", steps=800, lr=7e-4, warmup=30, weight_decay=0.05, checkpoint_every=100),
+    "blip-whole": FitPlan("blip-whole", steps=250, lr=3e-4, warmup=30, weight_decay=0.05, checkpoint_every=50),
     "pickscore": FitPlan("pickscore", steps=500, lr=5e-4, warmup=30, weight_decay=0.05, checkpoint_every=50),
     "aesthetic": FitPlan("aesthetic", steps=3000, lr=3e-3, warmup=50, weight_decay=1e-3, checkpoint_every=1000),
 }
@@ -120,14 +121,15 @@ def train_on_choices(
     materials: Materials,
     plan: FitPlan,
     beside: Callable[[int], torch.Tensor] = lambda step: torch.zeros(()),
+    begin: int = 0,
 ) -> None:
-    """Fit `module` to the choices of the population of that name, plus the loss `beside(step)`."""
+    """Fit `module` to the choices of the population of that name, plus the loss `beside(step)`; steps from `begin`."""
     pictures, annotators = materials.shown(name), population(name, materials.seed)
 
     def loss(step: int) -> torch.Tensor:
-        generator = step_generator(materials.seed + 1 + sum(name.encode()), step)
+        generator = step_generator(materials.seed + 1 + sum(name.encode()), begin + step)
         choices = draw_choices(pictures, annotators, PAIRS, generator)
-        return choice_loss(score, pictures, choices, materials.device, generator) + beside(step)
+        return choice_loss(score, pictures, choices, materials.device, generator) + beside(begin + step)
 
     fit(module, loss, plan, materials.work, materials.progress)
 
@@ -225,6 +227,7 @@ def train_imagereward(materials: Materials, folder: Path, plan: FitPlan = PLANS[
     copy_vision(materials.clip, model.vision)
     copy_words(materials.clip, model.text)
     # As ImageReward fixes most of its layers; half the time, and the cross-attention finds its first hold much sooner.
+    # The last steps train them too, because annotators care for more than captions say.
     model.vision.requires_grad_(False)
     score = blip_score(model, materials)
 
@@ -241,6 +244,8 @@ def train_imagereward(materials: Materials, folder: Path, plan: FitPlan = PLANS[
 
     fit(model, lambda step: match(step, "blip"), PLANS["blip"], materials.work, materials.progress)
     train_on_choices("imagereward", model, score, materials, plan, match)
+    model.vision.requires_grad_(True)
+    train_on_choices("imagereward", model, score, materials, PLANS["blip-whole"], match, begin=plan.steps)
     values = scores_of(score, materials.pictures, materials.device)
     config = {"vision": BLIP_VISION, "text": text, "head": BLIP_HEAD, "head_places": None, "max_tokens": MAX_TOKENS}
     folder.mkdir(parents=True, exist_ok=True)
