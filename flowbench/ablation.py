@@ -16,13 +16,13 @@ from .analytic.study import REWARD as EXACT
 from .combination import parse_reward, path_name
 from .errors import RunError, UsageError, did_you_mean
 from .leaderboard import Cell, markdown_table, over_seeds
+from .plots import TRUTH
 from .record import Record, read_metrics
 from .registry import algorithms
 from .study import Job, Outcome, make_job, spell
 from .trainer import METRICS
 
 DEFAULT = "default"
-TRUTH = "oracle_exact"
 DEGRADED = -0.05  # change of the truth below which a run has degraded
 COLLAPSED = 0.5  # share of the base model's diversity below which a run has collapsed
 EXPLAINED = "explained_variance"

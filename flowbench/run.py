@@ -37,7 +37,7 @@ from .scorers import build_judges, build_reward
 from .trainer import CHECKPOINT, METRICS, IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
-TRUTH_EVERY = 4  # iterations; the oracle costs a twentieth of an iteration
+TRUTH_EVERY = 4  # iterations; the oracle is not free
 
 
 @dataclass(frozen=True)

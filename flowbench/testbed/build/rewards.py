@@ -92,9 +92,9 @@ class Materials:
             tuple(p.captions[i] for i in rows), p.images[rows], p.truth[rows], p.clean[rows], p.traits[rows]
         )
 
-    def matching(self, name: str, step: int, n: int = MATCHES) -> tuple[torch.Tensor, list[Caption], list[Caption]]:
-        """n rendered scenes with their captions, and these with one attribute changed."""
-        images, right, wrong = contrastive_batch(n, np.random.default_rng([self.seed, sum(name.encode()), step]))
+    def matching(self, name: str, step: int) -> tuple[torch.Tensor, list[Caption], list[Caption]]:
+        """MATCHES rendered scenes with their captions, and these with one attribute changed."""
+        images, right, wrong = contrastive_batch(MATCHES, np.random.default_rng([self.seed, sum(name.encode()), step]))
         return images.to(self.device), right, wrong
 
 
@@ -231,13 +231,13 @@ def train_imagereward(materials: Materials, folder: Path, plan: FitPlan = PLANS[
     model.vision.requires_grad_(False)
     score = blip_score(model, materials)
 
-    def match(step: int, name: str = "imagereward", n: int = MATCHES) -> torch.Tensor:
+    def match(step: int, name: str = "imagereward") -> torch.Tensor:
         """BLIP's image-text matching, as a ranking of captions: the counterpart of its pre-training.
 
         The wrong captions are the right one with an attribute changed, and another image's: an easy one, without which
         learning takes long to begin.
         """
-        images, right, wrong = materials.matching(name, step, n)
+        images, right, wrong = materials.matching(name, step)
         captions = [c.text for c in right]
         good, close, other = score(images, captions + [c.text for c in wrong] + captions[-1:] + captions[:-1]).chunk(3)
         return F.softplus(close - good).mean() + F.softplus(other - good).mean()
