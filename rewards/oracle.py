@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from flowbench.errors import RunError
 from flowbench.reward import Reward, register_reward
 
 
@@ -21,12 +20,7 @@ class Oracle(Reward):
     """Mean of the oracle's soft and exact verdicts; only for prompts of the world of shapes."""
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
-        from flowbench.testbed.oracle import judge_images
-        from flowbench.testbed.world import parse
+        from flowbench.evaluation.protocol import truth
 
-        try:
-            captions = [parse(p) for p in prompts]
-        except ValueError as error:
-            raise RunError(str(error)) from error
-        verdicts = judge_images(images.detach().cpu().numpy(), captions)
-        return torch.tensor([(v.soft + v.exact) / 2 for v in verdicts])
+        verdicts = truth(images.detach(), prompts)
+        return (verdicts["oracle_exact"] + verdicts["oracle_soft"]) / 2

@@ -116,7 +116,10 @@ def score_images(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -
     """
     scores = {name: checked_score(reward, images, texts) for name, reward in judges.rewards.items()}
     if judges.oracle:
-        scores |= truth(images, texts)
+        try:
+            scores |= truth(images, texts)
+        except RunError as error:
+            raise RunError(f"{error}; name other judges with evaluation.judges") from error
     return scores
 
 
@@ -131,7 +134,7 @@ def truth(images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tenso
     try:
         verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
     except ValueError as error:
-        raise RunError(f"{error}; name other judges with evaluation.judges") from error
+        raise RunError(str(error)) from error
     return {
         "oracle_exact": torch.tensor([float(v.exact) for v in verdicts]),
         "oracle_soft": torch.tensor([v.soft for v in verdicts]),
