@@ -15,6 +15,9 @@ Deviations and choices where the source leaves them open:
    about zero, so that most of the noise's part of the gradient cancels; the expectation is unchanged.
 4. Weights may be centred over the batch (`center`). Positive weights whose mean is not zero also distil the model on
    its own discretised samples; at small budgets that drift is stronger than the signal.
+5. `control_variate` subtracts w mean_d (v - v_ref)^2. For a true critic and linear weights E[w | x_sigma] = 0, so that
+   the expectation is unchanged; the gradient becomes w (v_ref - u) + alpha (v - v_ref), whose noise does not grow with
+   the distance from the reference, and no row is without a minimum. It is also what ADRPO's adaptive weight does.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         tau: float = Field(1.0, gt=0, description="temperature of the weighting")
         center: bool = Field(True, description="subtract the batch mean of the weights")
         alpha: float = Field(1.0, ge=0, description="Wasserstein-2 regularisation")
+        control_variate: bool = Field(False, description="subtract w mean_d (v - v_ref)^2 from the loss")
 
     cfg: Config
     ablations: ClassVar = ({"clip": None}, {"warmup": 0}, {"shaping": "none"}, {"alpha": 0.0}, {"critic": "direct"})
@@ -110,9 +114,10 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         v = policy.velocity(x, sigma, batch.cond)
         fit = velocity_error(v, u)
         loss = w * fit
-        if self.cfg.alpha:
+        if self.cfg.alpha or self.cfg.control_variate:
             w2 = velocity_error(v, policy.velocity(x, sigma, batch.cond, weights="reference"))
-            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2.mean()
+            pull = self.cfg.alpha - w if self.cfg.control_variate else self.cfg.alpha
+            loss, metrics["w2"] = loss + pull * w2, w2.mean()
         return Loss(loss, critic_loss, {**metrics, "fit": fit.mean()})
 
     def auxiliary_loss(self, policy: Policy, batch: Batch) -> torch.Tensor | None:

@@ -28,6 +28,9 @@ from flowbench.trainer import IterationLog, Trainer
 
 CPU = torch.device("cpu")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than cores slow each other down
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def preset_file(tmp_path_factory: pytest.TempPathFactory) -> str:

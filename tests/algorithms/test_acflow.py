@@ -231,6 +231,50 @@ def test_its_minimiser_is_the_weighted_mean_of_target_and_reference_velocities()
         assert round(gradient.item(), 9) == 0 if sign == 0 else gradient.item() * sign > 0.01
 
 
+def gradients(policy: ConstantVelocity, reward: torch.Tensor, v: float, **settings: Any) -> torch.Tensor:
+    """Of each row's loss with respect to the velocity, (R,), for linear weights without a critic."""
+    settings = {"critic": "none", "shaping": "none", "clip": None, "weight": "linear", "center": True, **settings}
+    algorithm = AcFlow(AcFlow.Config(**settings))
+    algorithm.setup(policy)
+    policy.v = torch.full((1, 1, 1, 1), v, dtype=torch.float64, requires_grad=True)
+    rows = algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy
+    return torch.stack([torch.autograd.grad(row, policy.v, retain_graph=True)[0].squeeze() for row in rows])
+
+
+def test_the_control_variate_leaves_the_gradient_of_centred_weights_as_it_is():
+    reward = torch.tensor([0.1, 1.0, -0.4, 0.7], dtype=torch.float64)
+    for v in (-2.0, 0.25, 3.0):
+        plain, controlled = (
+            gradients(ConstantVelocity(), reward, v, alpha=0.6, control_variate=on) for on in (False, True)
+        )
+        assert controlled.mean().item() == pytest.approx(plain.mean().item())
+
+
+def test_with_the_control_variate_each_row_has_its_minimum_at_a_tilted_reference():
+    """v* = v_ref + w (u - v_ref) / alpha, also for a weight below -alpha, where the plain loss has none."""
+    policy, alpha = ConstantVelocity(), 0.5
+    reward = torch.tensor([-3.0, -1.0, 1.5, 2.5], dtype=torch.float64)  # of mean 0
+    u = policy.u.flatten()
+    for row, best in enumerate(0.25 + reward * (u - 0.25) / alpha):
+        slope = [
+            gradients(policy, reward, best.item() + offset, alpha=alpha, control_variate=True)[row].item()
+            for offset in (-0.1, 0.0, 0.1)
+        ]
+        assert slope == pytest.approx([-0.1 * 2 * alpha, 0.0, 0.1 * 2 * alpha], abs=1e-9)
+    far = [gradients(policy, reward, v, alpha=alpha, control_variate=False)[0].item() for v in (-50.0, 50.0)]
+    assert far[0] > 0 > far[1]  # the plain loss of the first row falls without bound on both sides
+
+
+def test_the_noise_of_the_gradient_does_not_grow_with_the_distance_from_the_reference_under_the_control_variate():
+    reward = torch.tensor([0.1, 1.0, -0.4, 0.7], dtype=torch.float64)
+
+    def noise(v: float, on: bool) -> float:
+        return gradients(ConstantVelocity(), reward, v, alpha=0.6, control_variate=on).std().item()
+
+    assert noise(3.0, True) == pytest.approx(noise(0.25, True))
+    assert noise(3.0, False) > 2 * noise(0.25, False)
+
+
 def test_centred_weights_average_to_zero_and_clipped_advantages_stay_in_bounds():
     """With alpha 0 the policy loss is w * fit, so that dividing by fit gives the weights back."""
     policy = ConstantVelocity()

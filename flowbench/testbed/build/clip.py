@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from ..world import Caption, mutate
 from .data import draw_captions, draw_images
-from .fit import FitPlan, Progress, fit
+from .fit import FitPlan, Progress, fit, reduced_precision
 from .tokenizer import MAX_TOKENS
 
 PLAN = FitPlan("clip", steps=6000, lr=1.5e-3, weight_decay=0.05, warmup=200, checkpoint_every=100)
@@ -96,7 +96,7 @@ def train_clip(
         images, captions, wrong = contrastive_batch(BATCH, rng)
         texts = [c.text for c in captions + wrong]
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with reduced_precision(device):
             image, text = model.encode_image(images.to(device) * 2 - 1), model.encode_text(tokens)
         image, text = F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
         return info_nce(image, text, tokens, model.logit_scale)

@@ -36,6 +36,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
 
 
+def reduced_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 takes many times as long unless the hardware has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def learning_rate(plan: FitPlan, step: int) -> float:
     """Learning rate at a step: linear warm-up, then cosine from `lr` to `lr_end`."""
     if step < plan.warmup:

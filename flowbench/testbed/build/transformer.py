@@ -69,11 +69,9 @@ def latent_pool(vae: AutoencoderKL, work: Path, seed: int, progress: Progress, s
     for part in range(size // chunk):
         rng = np.random.default_rng([seed, 4, part])
         captions = draw_captions(chunk, rng)
-        with torch.autocast(device.type, torch.bfloat16):
-            z = torch.cat(
-                [vae.encode(x.to(device) * 2 - 1).latent_dist.mean for x in draw_images(captions, rng).split(125)]
-            )
-        latents.append(((z.float() - vae.config.shift_factor) * vae.config.scaling_factor).cpu().half())
+        images = draw_images(captions, rng)
+        z = torch.cat([vae.encode(x.to(device) * 2 - 1).latent_dist.mean for x in images.split(125)])
+        latents.append(((z - vae.config.shift_factor) * vae.config.scaling_factor).cpu().half())
         labels.append(torch.tensor([index[c.text] for c in captions]))
         progress("latents", (part + 1) * chunk, size, 0.0)
     pool = LatentPool(torch.cat(latents), torch.cat(labels))

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from .data import draw_captions, draw_images
-from .fit import FitPlan, Progress, fit, step_generator
+from .fit import FitPlan, Progress, fit, reduced_precision, step_generator
 
 PLAN = FitPlan("vae", steps=3000, lr=2e-3, weight_decay=0.0, checkpoint_every=200)
 BATCH = 48
@@ -39,7 +39,7 @@ def train_vae(work: Path, seed: int, device: torch.device, progress: Progress, p
     def loss(step: int) -> torch.Tensor:
         rng = np.random.default_rng([seed, 1, step])
         x = (draw_images(draw_captions(BATCH, rng), rng) * 2 - 1).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with reduced_precision(device):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=step_generator(seed, step)).to(device)
             error = vae.decode(posterior.mean + posterior.std * noise).sample.float() - x
