@@ -17,7 +17,7 @@ Deviations and choices where the source leaves them open:
    its own discretised samples; at small budgets that drift is stronger than the signal.
 5. `control_variate` subtracts w mean_d (v - v_ref)^2. For a true critic and linear weights E[w | x_sigma] = 0, so that
    the expectation is unchanged; the gradient becomes w (v_ref - u) + alpha (v - v_ref), whose noise does not grow with
-   the distance from the reference, and no row is without a minimum. It is also what ADRPO's adaptive weight does.
+   the distance from the reference, and with alpha > 0 every row has a minimum. ADRPO's adaptive weight does the same.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from .analytic.study import exact_study
 from .combination import path_name
 from .config import EvaluationConfig, RunConfig
 from .errors import RunError, UsageError
-from .evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split, truth
+from .evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split
 from .evaluation.statistics import mean_ci95
 from .plots import learning_curves, sample_grid
 from .policy import Policy, Tuning, load_pipeline
@@ -34,6 +34,7 @@ from .registry import algorithms
 from .reward import Reward, checked_score
 from .rollout import Rollout
 from .scorers import build_judges, build_reward
+from .testbed.truth import truth
 from .trainer import CHECKPOINT, METRICS, IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"

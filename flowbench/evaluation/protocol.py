@@ -18,6 +18,7 @@ from ..prompts import Prompt, PromptSplit, spread
 from ..reward import Reward, checked_score
 from ..rollout import Conditioning
 from ..seeding import generator_for
+from ..testbed.truth import truth
 
 W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID_PROMPTS, GRID_IMAGES = 12, 4
@@ -121,24 +122,6 @@ def score_images(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -
         except RunError as error:
             raise RunError(f"{error}; name other judges with evaluation.judges") from error
     return scores
-
-
-def truth(images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The oracle's two verdicts (B,) on images (B, 3, H, W) in [0, 1] of the world of shapes.
-
-    Raises RunError for images or prompts that it cannot read.
-    """
-    from ..testbed.oracle import judge_images
-    from ..testbed.world import parse
-
-    try:
-        verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    return {
-        "oracle_exact": torch.tensor([float(v.exact) for v in verdicts]),
-        "oracle_soft": torch.tensor([v.soft for v in verdicts]),
-    }
 
 
 def _velocity_distance(

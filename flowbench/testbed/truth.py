@@ -1,0 +1,24 @@
+"""The oracle's verdicts as tensors, for whatever scores pictures of the world of shapes by their prompts."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import RunError
+from .oracle import judge_images
+from .world import parse
+
+
+def truth(images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The oracle's two verdicts (B,) on images (B, 3, H, W) in [0, 1] of the world of shapes.
+
+    Raises RunError for images or prompts that it cannot read.
+    """
+    try:
+        verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return {
+        "oracle_exact": torch.tensor([float(v.exact) for v in verdicts]),
+        "oracle_soft": torch.tensor([v.soft for v in verdicts]),
+    }
