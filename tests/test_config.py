@@ -102,6 +102,19 @@ def test_a_window_of_stochastic_steps_needs_a_stochastic_sampler_and_more_steps_
     assert resolve("ddpo", training__sde_window=9).training.sde_window == 9
 
 
+@pytest.mark.parametrize("model", ["mini-sd3", "sd3-medium", "sd3.5-medium"])
+def test_every_algorithm_takes_the_settings_that_a_model_has_for_it(model: str):
+    named = load_preset(model).algorithms
+    assert named
+    assert set(named) <= set(algorithms.names())
+    for algorithm, settings in named.items():
+        config = resolve_config(algorithm, "clip", model, overrides={})
+        for key, value in settings.get("algorithm", {}).items():
+            assert config.hyperparameters[key] == value
+        for key, value in settings.get("training", {}).items():
+            assert config.training.model_dump(mode="json")[key] == value
+
+
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):
     content = load_preset("mini-sd3").model_dump()
     content["training"] = {"images": 111, "minibatch": 7}
