@@ -109,10 +109,11 @@ def test_every_algorithm_takes_the_settings_that_a_model_has_for_it(model: str):
     assert set(named) <= set(algorithms.names())
     for algorithm, settings in named.items():
         config = resolve_config(algorithm, "clip", model, overrides={})
+        training = config.training.model_dump(mode="json")
         for key, value in settings.get("algorithm", {}).items():
             assert config.hyperparameters[key] == value
         for key, value in settings.get("training", {}).items():
-            assert config.training.model_dump(mode="json")[key] == value
+            assert training[key] == value
 
 
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..errors import RunError
-from .oracle import judge_images
-from .world import parse
 
 
 def truth(images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -14,6 +12,10 @@ def truth(images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tenso
 
     Raises RunError for images or prompts that it cannot read.
     """
+    # Imported here because every run imports this module, and only those on the testbed need the oracle and its scipy.
+    from .oracle import judge_images
+    from .world import parse
+
     try:
         verdicts = judge_images(images.cpu().numpy(), [parse(t) for t in texts])
     except ValueError as error:
