@@ -279,6 +279,23 @@ def test_a_lora_run_finishes_with_a_record_and_weights_that_diffusers_reads(
     assert any(p.abs().max() > 0 for p in factors)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("algorithm", ["acflow", "flow-grpo", "nft", "refl"])
+def test_a_lora_run_finishes_in_half_precision_on_the_gpu(
+    preset_file: Path, tmp_path: Path, flowbench_main: Callable[..., int], algorithm: str
+) -> None:
+    """With the preset's own dtype and gradient checkpointing; the text encoders leave the GPU before training."""
+    assert load_preset(str(preset_file)).dtype in ("bfloat16", "float16")
+    extra = ["--set", "algorithm.warmup=1"] if algorithm == "acflow" else []
+    command = ["run", algorithm, "--model", str(preset_file), "--device", "cuda", "--output", str(tmp_path / "runs")]
+    assert flowbench_main(*command, *extra) == 0
+    (path,) = (tmp_path / "runs").glob(f"tiny-sd3/clip/{algorithm}/*/record.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["device"] == torch.cuda.get_device_name()
+    assert record["scores"]["w2/test"]["tuned"] > 0
+
+
 def test_the_saved_lora_weights_give_plain_diffusers_the_tuned_velocity(
     preset_file: Path, mirror: Path, tmp_path: Path
 ) -> None:
