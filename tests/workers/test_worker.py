@@ -328,8 +328,8 @@ def test_a_worker_ends_with_its_parent_even_if_both_are_busy_and_the_parent_is_k
 def test_a_worker_costs_at_most_15_ms_more_than_the_reward_itself(ruled: Plugin, local: Reward):
     """8 x 3 x 224 x 224 with gradients.
 
-    Counted in time of the processor, which other processes do not disturb, and with one thread in both processes: the
-    waiting one's further threads would spin, which costs processor time but delays nothing.
+    Counted in time of the processor, which other processes do not disturb, and with one thread in both processes:
+    further threads of the one that waits spin for a while, and would be counted too.
     """
     images, prompts, calls, threads = pictures(8, 224), PROMPTS * 2, 40, torch.get_num_threads()
     torch.set_num_threads(1)
