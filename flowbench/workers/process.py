@@ -21,9 +21,9 @@ from .environment import site_folders
 from .wire import Failed, Load, Message, Ready, WireError, receive, send
 
 LAST_WORDS = 40  # lines of a worker's output that are kept
-# Run and worker take turns. Memory that a call frees stays with the worker for the next one (glibc's settings): faulting
-# its pages in again costs as much as a small model. And the worker's threads sleep between calls, instead of spinning on
-# the cores that the run needs.
+# Run and worker take turns. Memory that a call frees stays with the worker for the next one (glibc's settings), since
+# faulting its pages in again costs as much as a small model. And the worker's threads sleep between calls, instead of
+# spinning on the cores that the run needs.
 TURNS = {
     "MALLOC_TRIM_THRESHOLD_": str(2**29),
     "MALLOC_MMAP_THRESHOLD_": str(2**29),
