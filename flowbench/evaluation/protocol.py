@@ -79,7 +79,9 @@ def score_split(
             # Of one image per prompt: all of them would take a fifth of an evaluation's time.
             first = torch.tensor([k for k, (_, image) in enumerate(part) if image == 0], device=policy.device)
             if weights != "reference" and len(first):
-                distances.append(_velocity_distance(policy, samples.x0, noise, cond, weights, first))
+                distances.append(
+                    _velocity_distance(policy, samples.x0[first], noise[first], cond.select(first), weights)
+                )
         for name, values in scores.items():
             collected.setdefault(name, []).append(values.float().cpu())
         latents.append(samples.x0.cpu())
@@ -126,12 +128,10 @@ def score_images(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -
 
 
 def _velocity_distance(
-    policy: Policy, x0: torch.Tensor, eps: torch.Tensor, cond: Conditioning, weights: str, chosen: torch.Tensor
+    policy: Policy, x0: torch.Tensor, eps: torch.Tensor, cond: Conditioning, weights: str
 ) -> torch.Tensor:
     """mean_d (v - v_ref)^2 on re-noised samples, averaged over fixed sigmas: bounds the Wasserstein-2 distance of the
-    two flows (2502.06061, section 4.2). One value for each of the rows `chosen`.
-    """
-    x0, eps, cond = x0[chosen], eps[chosen], cond.select(chosen)
+    two flows (2502.06061, section 4.2). Returns (B,)."""
     total = torch.zeros(len(x0), device=x0.device)
     for value in W2_SIGMAS:
         sigma = torch.full((len(x0),), value, device=x0.device)

@@ -173,8 +173,8 @@ def _described(reply: Failed, foreign: bool) -> str:
 
 def _spawn(python: Path) -> _Connection:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")}
-    environment = TURNS | environment
+    ours_alone = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
+    environment = TURNS | {k: v for k, v in os.environ.items() if k not in ours_alone}
     arguments = json.dumps([theirs.fileno(), os.getpid(), site_folders(), [p for p in sys.path if p]])
     try:
         process = subprocess.Popen(
