@@ -18,6 +18,8 @@ Deviations and choices where the source leaves them open:
 5. `control_variate` subtracts w mean_d (v - v_ref)^2. For a true critic and linear weights E[w | x_sigma] = 0, so that
    the expectation is unchanged; the gradient becomes w (v_ref - u) + alpha (v - v_ref), whose noise does not grow with
    the distance from the reference, and with alpha > 0 every row has a minimum. ADRPO's adaptive weight does the same.
+6. With `anchor_decay`, v_ref is a moving average of the policy, updated once per iteration (as in 2404.09656): the
+   pull then bounds the policy's speed and not its distance, and the gain does not end where pull and signal balance.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     """Actor-critic flow matching: a critic of intermediate states turns rewards into clipped, generalized weights."""
 
     class Config(AlgorithmConfig):
+        added_later: ClassVar = frozenset({"anchor_decay"})
+
         shaping: Kind = Field("standardize", description="how rewards become r_s; see flowbench.shaping")
         critic: Literal["shaped", "direct", "none"] = Field(
             "shaped", description="regress the shaped reward, the raw return, or no critic (V = 0)"
@@ -65,6 +69,9 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         tau: float = Field(1.0, gt=0, description="temperature of the weighting")
         center: bool = Field(True, description="subtract the batch mean of the weights")
         alpha: float = Field(1.0, ge=0, description="Wasserstein-2 regularisation")
+        anchor_decay: float | None = Field(
+            None, ge=0, lt=1, description="pull to the policy's average with this decay; null is the pretrained model"
+        )
         control_variate: bool = Field(False, description="subtract w mean_d (v - v_ref)^2 from the loss")
 
     cfg: Config
@@ -74,6 +81,9 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         super().setup(policy)
         self.shape = RewardShaping("none" if self.cfg.critic == "direct" else self.cfg.shaping)
         self.iteration = 0
+        self.anchor = "reference" if self.cfg.anchor_decay is None else "average"
+        if self.anchor == "average":
+            policy.add_view("average")
         if self.cfg.critic != "none":
             # Imported here because it needs torch's classes; see flowbench.lazy.
             from flowbench.critic import StateCritic
@@ -115,7 +125,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         fit = velocity_error(v, u)
         loss = w * fit
         if self.cfg.alpha or self.cfg.control_variate:
-            w2 = velocity_error(v, policy.velocity(x, sigma, batch.cond, weights="reference"))
+            w2 = velocity_error(v, policy.velocity(x, sigma, batch.cond, weights=self.anchor))
             pull = self.cfg.alpha - w if self.cfg.control_variate else self.cfg.alpha
             loss, metrics["w2"] = loss + pull * w2, w2.mean()
         return Loss(loss, critic_loss, {**metrics, "fit": fit.mean()})
@@ -123,6 +133,10 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     def auxiliary_loss(self, policy: Policy, batch: Batch) -> torch.Tensor | None:
         x, sigma, _ = self._state(policy, batch)
         return self._value(x, sigma, batch)[1]
+
+    def after_iteration(self, policy: Policy) -> None:
+        if self.cfg.anchor_decay is not None:
+            policy.update_view("average", self.cfg.anchor_decay)
 
     def networks(self) -> dict[str, torch.nn.Module]:
         return {} if self.cfg.critic == "none" else {"critic": self.critic}

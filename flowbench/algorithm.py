@@ -19,7 +19,12 @@ RewardFunction: TypeAlias = "Callable[[torch.Tensor, tuple[str, ...]], torch.Ten
 
 
 class AlgorithmConfig(BaseModel):
-    """Base of an algorithm's hyperparameters: frozen, typed, unknown keys are errors."""
+    """Base of an algorithm's hyperparameters: frozen, typed, unknown keys are errors.
+
+    `added_later` names options that older records do not have: at their defaults they stay out of a run's hash.
+    """
+
+    added_later: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -92,6 +92,9 @@ class RunConfig(_Section):
         """Ten hex digits over everything but seed and device, the preset's content included."""
         content = self.model_dump(mode="json", exclude={"seed", "device"})
         content |= {"training": hashable(self.training), "evaluation": hashable(self.evaluation)}
+        known = algorithms.get(self.algorithm).cls.Config
+        unused = {name: known.model_fields[name].default for name in known.added_later}
+        content["hyperparameters"] = {k: v for k, v in self.hyperparameters.items() if (k, v) not in unused.items()}
         # Its defaults for training are in the resolved settings already.
         resolved = {"training", "evaluation", "algorithms"}
         content["preset"] = load_preset(self.model).model_dump(mode="json", exclude=resolved)
@@ -126,19 +129,19 @@ SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorit
 def resolve_config(
     algorithm: str, reward: str, model: str, *, overrides: dict[str, Any], seed: int = 0, device: str = "auto"
 ) -> RunConfig:
-    """Defaults, then the model's, then the algorithm's for that model, then `overrides` ({"training.images": 100}).
+    """Defaults, the model's, the algorithm's for that model and reward, then `overrides` ({"training.images": 100}).
 
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
     preset = load_preset(model)
     plugin = algorithms.get(algorithm)
     terms = parse_reward(reward)
-    mine = preset.algorithms.get(algorithm, {})
-    training = {**preset.training, **_default_sampler(plugin.info.needs), **mine.get("training", {})}
+    mine = preset.settings(algorithm, spell(terms))
+    training = {**preset.training, **_default_sampler(plugin.info.needs), **mine["training"]}
     sections: dict[str, dict[str, Any]] = {
         "training": training,
         "evaluation": dict(preset.evaluation),
-        "algorithm": dict(mine.get("algorithm", {})),
+        "algorithm": mine["algorithm"],
     }
     for key, value in overrides.items():
         section, dot, name = key.partition(".")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flowbench.presets import AnalyticPreset, load_preset, preset_names
 from flowbench.registry import algorithms
 
 MakeConfig = Callable[..., RunConfig]
+SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/clip/acflow-s0.json"
 
 
 def resolve(algorithm: str = "acflow", reward: str = "jpeg", **overrides: object) -> RunConfig:
@@ -107,13 +109,30 @@ def test_every_algorithm_takes_the_settings_that_a_model_has_for_it(model: str):
     named = load_preset(model).algorithms
     assert named
     assert set(named) <= set(algorithms.names())
-    for algorithm, settings in named.items():
-        config = resolve_config(algorithm, "clip", model, overrides={})
-        training = config.training.model_dump(mode="json")
-        for key, value in settings.get("algorithm", {}).items():
-            assert config.hyperparameters[key] == value
-        for key, value in settings.get("training", {}).items():
-            assert training[key] == value
+    for algorithm, general in named.items():
+        for reward, special in {"clip": {}, **general.get("rewards", {})}.items():
+            config = resolve_config(algorithm, reward, model, overrides={})
+            training = config.training.model_dump(mode="json")
+            for key, value in {**general.get("algorithm", {}), **special.get("algorithm", {})}.items():
+                assert config.hyperparameters[key] == value
+            for key, value in {**general.get("training", {}), **special.get("training", {})}.items():
+                assert training[key] == value
+
+
+def test_a_models_settings_for_one_reward_hold_for_that_reward_alone():
+    general, special = (resolve_config("acflow", reward, "mini-sd3", overrides={}) for reward in ("clip", "oracle"))
+    assert special.training.images > general.training.images
+    assert special.hyperparameters["anchor_decay"] is not None
+    assert general.hyperparameters["anchor_decay"] is None
+    assert resolve_config("acflow", "oracle", "mini-sd3", overrides={"training.images": 64}).training.images == 64
+
+
+def test_an_option_that_came_later_leaves_older_hashes_as_they_were():
+    shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    config = resolve_config("acflow", "clip", "mini-sd3", overrides={})
+    assert "anchor_decay" not in shipped["config"]["hyperparameters"]
+    assert config.hash() == shipped["config_hash"]
+    assert resolve("acflow", algorithm__anchor_decay=0.9).hash() != resolve("acflow").hash()
 
 
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):

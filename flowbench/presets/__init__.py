@@ -20,7 +20,8 @@ class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
     source: hub id, or "embedded:NAME"; resolution in pixels; num_steps and guidance_scale of sampling (1 is none);
-    rewards: constructor arguments per reward; training, evaluation, algorithms: overrides of the general defaults.
+    rewards: constructor arguments per reward; training, evaluation, algorithms: overrides of the general defaults. An
+    algorithm has the sections training and algorithm, and under rewards.NAME such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,12 @@ class ModelPreset(BaseModel):
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     algorithms: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def settings(self, algorithm: str, reward: str) -> dict[str, dict[str, Any]]:
+        """The overrides, by section, of an algorithm on a reward."""
+        general = self.algorithms.get(algorithm, {})
+        special = general.get("rewards", {}).get(reward, {})
+        return {name: {**general.get(name, {}), **special.get(name, {})} for name in ("training", "algorithm")}
 
     def resolve_source(self) -> str:
         """The folder or hub id to load; a folder of that name below FLOWBENCH_WEIGHTS comes first."""

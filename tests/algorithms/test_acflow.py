@@ -275,6 +275,35 @@ def test_the_noise_of_the_gradient_does_not_grow_with_the_distance_from_the_refe
     assert noise(3.0, False) > 2 * noise(0.25, False)
 
 
+class TrailedVelocity(ConstantVelocity):
+    """The same with a moving average of the parameter, from where it stood when it was asked for."""
+
+    def add_view(self, name: str) -> None:
+        self.view = {name: self.v.detach().clone()}
+
+    def update_view(self, name: str, decay: float) -> None:
+        self.view[name] = decay * self.view[name] + (1 - decay) * self.v.detach()
+
+    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, cond: object, weights: str = "current") -> torch.Tensor:
+        return (self.v if weights == "current" else self.view[weights]).expand_as(x)
+
+
+def test_an_anchor_that_trails_the_policy_bounds_its_speed_and_not_its_distance():
+    """Minimised n times, v_n = s / alpha (1 + (n - 1) (1 - decay)) with s = E[w u]; with a fixed anchor, s / alpha."""
+    reward = torch.tensor([0.1, 1.0, -0.4, 0.7], dtype=torch.float64)
+    settings = {"critic": "none", "shaping": "none", "clip": None, "weight": "linear", "center": True}
+    policy, alpha, decay = TrailedVelocity(), 0.6, 0.9
+    step = ((reward - reward.mean()) * policy.u.flatten()).mean().item() / alpha
+    algorithm = AcFlow(AcFlow.Config(alpha=alpha, anchor_decay=decay, **settings))
+    algorithm.setup(policy)
+    for n in range(1, 6):
+        loss = algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy.mean()
+        (gradient,) = torch.autograd.grad(loss, policy.v)
+        policy.v = (policy.v - gradient / (2 * alpha)).detach().requires_grad_()  # the minimum: curvature is 2 alpha
+        algorithm.after_iteration(policy)
+        assert policy.v.item() == pytest.approx(step * (1 + (n - 1) * (1 - decay)))
+
+
 def test_centred_weights_average_to_zero_and_clipped_advantages_stay_in_bounds():
     """With alpha 0 the policy loss is w * fit, so that dividing by fit gives the weights back."""
     policy = ConstantVelocity()
