@@ -52,6 +52,7 @@ class LiveProgress:
     def __init__(self, out: Console = console) -> None:
         self.progress = _progress(out)
         self.tasks: dict[str, Any] = {}
+        self.tenths: dict[str, int] = {}
 
     def __enter__(self) -> Any:
         self.progress.start()
@@ -65,6 +66,15 @@ class LiveProgress:
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, total=total, note=note)
+        if not self.progress.console.is_terminal:
+            self._log(name, done, total, note)
+
+    def _log(self, name: str, done: int, total: int, note: str) -> None:
+        """A line at every tenth, where no bar can be drawn: in a job's log."""
+        tenth = 10 * done // max(total, 1)
+        if tenth > self.tenths.get(name, 0):
+            self.tenths[name] = tenth
+            self.progress.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False)
 
 
 class RunProgress(LiveProgress):

@@ -53,3 +53,16 @@ def test_a_change_is_coloured_only_when_its_interval_excludes_zero(monkeypatch: 
     assert all(green in line for line in lines if "diversity" in line)
     assert all(red in line for line in lines if "counting" in line)
     assert not any(green in line for line in lines if "w2" in line)  # moving away from the base is neither
+
+
+def test_a_log_file_gets_a_line_at_every_tenth_of_the_work_and_a_terminal_none():
+    def lines(terminal: bool) -> list[str]:
+        output = io.StringIO()
+        out = Console(file=output, width=80, force_terminal=terminal)
+        progress = display.LiveProgress(out)
+        for step in range(1, 41):
+            progress.show("vae", step, 40, f"loss {1 / step:.2f}")
+        return output.getvalue().splitlines()
+
+    assert lines(False) == [f"vae {step}/40 loss {1 / step:.2f}" for step in range(4, 41, 4)]
+    assert lines(True) == []
