@@ -194,7 +194,10 @@ def testbed_build(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train the embedded models from nothing (about 80 minutes on two cores, minutes on a GPU)."""
+    """Train the embedded models from nothing.
+
+    mini-sd3 and mini-clip take two hours on two slow cores, the preference models come on top; a GPU takes minutes.
+    """
     from . import display
     from .testbed.build.pipeline import build
 

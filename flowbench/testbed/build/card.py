@@ -96,9 +96,6 @@ the pipeline's default (256) is another softmax, and slower.
 - Then its velocity with guidance {transformer.GUIDANCE} is distilled into it, so that it is sampled without guidance:
   {_plan(transformer.DISTIL, transformer.BATCH)}.
 - It still mixes up attributes, counts and relations: the headroom for fine-tuning.
-- The shipped transformer was trained in several stages, the first on an earlier version of the world and with other
-  text towers; the last were 9,500 steps on the present world (lr 1e-3) and the distillation above. A rebuild follows
-  the figures above and trains on the present world only.
 - Weights of the transformer are stored in float16.
 - Captions of the compositional split (held-out colour-shape pairs and pairings) occur in no training stage.
 
@@ -114,7 +111,6 @@ of mini-sd3. Licence Apache-2.0, like flowbench. `open_clip.create_model("local-
 
 {_plan(clip.PLAN, clip.BATCH)}; InfoNCE over the batch's captions plus, for each image, its caption with one attribute
 changed; a third of the images slightly blurred, a third slightly noisy. No caption of the compositional split.
-The shipped weights took 2,600 steps on an earlier version of the world, then 3,500 on the present one (lr 1.2e-3).
 
 Rebuild: `flowbench testbed build --only clip`.
 """

@@ -16,7 +16,7 @@ from .fit import FitPlan, Progress, fit
 from .tokenizer import MAX_TOKENS
 
 WIDTH = 96
-PLAN = FitPlan("text", steps=1500, lr=2e-3, weight_decay=0.05, checkpoint_every=200)
+PLAN = FitPlan("text", steps=700, lr=2e-3, weight_decay=0.05, checkpoint_every=200)
 BATCH = 96
 
 

@@ -21,8 +21,8 @@ from ..world import all_captions
 from .data import draw_captions, draw_images
 from .fit import FitPlan, Progress, fit, step_generator
 
-PLAN = FitPlan("transformer", steps=20_000, lr=1.5e-3, lr_end=1e-5, warmup=300, ema=0.999, checkpoint_every=500)
-DISTIL = FitPlan("distil", steps=1300, lr=4e-4, lr_end=1e-6, warmup=50, ema=0.99, checkpoint_every=250)
+PLAN = FitPlan("transformer", steps=8000, lr=1.5e-3, lr_end=1e-5, warmup=300, ema=0.999, checkpoint_every=500)
+DISTIL = FitPlan("distil", steps=800, lr=4e-4, lr_end=1e-6, warmup=50, ema=0.99, checkpoint_every=250)
 GUIDANCE = 3.0
 BATCH = 64
 POOL = 160_000  # latents encoded once; a pool of 25,000 repeats too soon
