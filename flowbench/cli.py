@@ -196,7 +196,8 @@ def testbed_build(
 ) -> None:
     """Train the embedded models from nothing.
 
-    mini-sd3 and mini-clip take two hours on two slow cores, the preference models come on top; a GPU takes minutes.
+    mini-sd3 and mini-clip take about two hours on two slow cores, and the preference models come on top; a GPU takes
+    minutes.
     """
     from . import display
     from .testbed.build.pipeline import build
