@@ -34,11 +34,12 @@ def new_vae() -> AutoencoderKL:
 def train_vae(work: Path, seed: int, device: torch.device, progress: Progress, plan: FitPlan = PLAN) -> AutoencoderKL:
     """Train on renders with L1 + 2 MSE and a tiny KL, then set scaling_factor and shift_factor from the latents."""
     torch.manual_seed(seed)
-    vae = new_vae().to(device)
+    vae = new_vae().to(device, memory_format=torch.channels_last)  # faster on a CPU
 
     def loss(step: int) -> torch.Tensor:
         rng = np.random.default_rng([seed, 1, step])
-        x = (draw_images(draw_captions(BATCH, rng), rng) * 2 - 1).to(device)
+        x = draw_images(draw_captions(BATCH, rng), rng) * 2 - 1
+        x = x.to(device, memory_format=torch.channels_last)
         with reduced_precision(device):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=step_generator(seed, step)).to(device)
@@ -48,6 +49,7 @@ def train_vae(work: Path, seed: int, device: torch.device, progress: Progress, p
         return (weight * (error.abs() + 2 * error**2)).mean() + 1e-6 * posterior.kl().float().mean()
 
     fit(vae, loss, plan, work, progress)
+    vae.to(memory_format=torch.contiguous_format)  # as safetensors wants it
     set_latent_scale(vae, seed)
     return vae
 
