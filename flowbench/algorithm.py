@@ -21,7 +21,8 @@ RewardFunction: TypeAlias = "Callable[[torch.Tensor, tuple[str, ...]], torch.Ten
 class AlgorithmConfig(BaseModel):
     """Base of an algorithm's hyperparameters: frozen, typed, unknown keys are errors.
 
-    `added_later` names options that older records do not have: at their defaults they stay out of a run's hash.
+    `added_later` names options that older records do not have: at their defaults they stay out of a run's hash, as do
+    the training's and the evaluation's own.
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,9 @@ from .errors import UsageError, did_you_mean
 from .presets import AnalyticPreset, ModelPreset, load_preset
 from .registry import algorithms, rewards
 
+if TYPE_CHECKING:
+    from .algorithm import AlgorithmConfig
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -22,6 +25,10 @@ class _Section(BaseModel):
 
 class TrainingConfig(_Section):
     """What the one loop does, whatever the algorithm."""
+
+    added_later: ClassVar = frozenset(
+        ("auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window", "sde_window_stay")
+    )
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
     prompts_per_iteration: int = Field(16, ge=1)
@@ -64,6 +71,8 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
 
+    added_later: ClassVar = frozenset(("guidance_scale", "judges"))
+
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
     images_per_prompt: int = Field(4, ge=2)
@@ -92,9 +101,7 @@ class RunConfig(_Section):
         """Ten hex digits over everything but seed and device, the preset's content included."""
         content = self.model_dump(mode="json", exclude={"seed", "device"})
         content |= {"training": hashable(self.training), "evaluation": hashable(self.evaluation)}
-        known = algorithms.get(self.algorithm).cls.Config
-        unused = {name: known.model_fields[name].default for name in known.added_later}
-        content["hyperparameters"] = {k: v for k, v in self.hyperparameters.items() if (k, v) not in unused.items()}
+        content["hyperparameters"] = _without_unused(self.hyperparameters, algorithms.get(self.algorithm).cls.Config)
         # Its defaults for training are in the resolved settings already.
         resolved = {"training", "evaluation", "algorithms"}
         content["preset"] = load_preset(self.model).model_dump(mode="json", exclude=resolved)
@@ -105,21 +112,17 @@ class RunConfig(_Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
-# Settings that older records do not have; left out of hashes while at their defaults, so that those keep their hashes.
-_ADDED_LATER = {
-    TrainingConfig: {
-        *("auxiliary_steps", "guidance_scale", "num_steps", "reward_scale"),
-        *("sde_window", "sde_window_stay"),
-    },
-    EvaluationConfig: {"guidance_scale", "judges"},
-}
-
-
 def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:
     """A section's settings as they enter a hash."""
-    default = type(section)()
-    unused = {name for name in _ADDED_LATER[type(section)] if getattr(section, name) == getattr(default, name)}
-    return section.model_dump(mode="json", exclude=unused)
+    return _without_unused(section.model_dump(mode="json"), type(section))
+
+
+def _without_unused(
+    settings: dict[str, Any], kind: type[TrainingConfig | EvaluationConfig | AlgorithmConfig]
+) -> dict[str, Any]:
+    """The settings without those that older records do not have and that are at their defaults: old hashes stay."""
+    unused = {name: kind.model_fields[name].default for name in kind.added_later}
+    return {name: value for name, value in settings.items() if name not in unused or value != unused[name]}
 
 
 # How users spell the sections in `--set` and in configuration files.

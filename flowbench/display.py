@@ -74,7 +74,7 @@ class LiveProgress:
         tenth = 10 * done // max(total, 1)
         if tenth > self.tenths.get(name, 0):
             self.tenths[name] = tenth
-            self.progress.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False)
+            self.progress.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False, markup=False)
 
 
 class RunProgress(LiveProgress):

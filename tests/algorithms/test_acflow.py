@@ -29,6 +29,7 @@ PLAIN = {
     "algorithm.states": "renoised",
     "algorithm.states_per_image": 1,
 }
+LINEAR: dict[str, Any] = {"critic": "none", "shaping": "none", "clip": None, "weight": "linear", "center": True}
 
 
 @pytest.fixture
@@ -233,8 +234,7 @@ def test_its_minimiser_is_the_weighted_mean_of_target_and_reference_velocities()
 
 def gradients(policy: ConstantVelocity, reward: torch.Tensor, v: float, **settings: Any) -> torch.Tensor:
     """Of each row's loss with respect to the velocity, (R,), for linear weights without a critic."""
-    settings = {"critic": "none", "shaping": "none", "clip": None, "weight": "linear", "center": True, **settings}
-    algorithm = AcFlow(AcFlow.Config(**settings))
+    algorithm = AcFlow(AcFlow.Config(**LINEAR, **settings))
     algorithm.setup(policy)
     policy.v = torch.full((1, 1, 1, 1), v, dtype=torch.float64, requires_grad=True)
     rows = algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy
@@ -291,10 +291,9 @@ class TrailedVelocity(ConstantVelocity):
 def test_an_anchor_that_trails_the_policy_bounds_its_speed_and_not_its_distance():
     """Minimised n times, v_n = s / alpha (1 + (n - 1) (1 - decay)) with s = E[w u]; with a fixed anchor, s / alpha."""
     reward = torch.tensor([0.1, 1.0, -0.4, 0.7], dtype=torch.float64)
-    settings = {"critic": "none", "shaping": "none", "clip": None, "weight": "linear", "center": True}
     policy, alpha, decay = TrailedVelocity(), 0.6, 0.9
     step = ((reward - reward.mean()) * policy.u.flatten()).mean().item() / alpha
-    algorithm = AcFlow(AcFlow.Config(alpha=alpha, anchor_decay=decay, **settings))
+    algorithm = AcFlow(AcFlow.Config(alpha=alpha, anchor_decay=decay, **LINEAR))
     algorithm.setup(policy)
     for n in range(1, 6):
         loss = algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy.mean()
