@@ -19,7 +19,7 @@ from .data import draw_captions, draw_images
 from .fit import FitPlan, Progress, fit, reduced_precision
 from .tokenizer import MAX_TOKENS
 
-PLAN = FitPlan("clip", steps=1800, lr=1.5e-3, weight_decay=0.05, warmup=200, checkpoint_every=100)
+PLAN = FitPlan("clip", steps=1400, lr=1.5e-3, weight_decay=0.05, warmup=200, checkpoint_every=100)
 BATCH = 96
 
 
