@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import __version__, cli_rewards, cli_studies, lazy
 from .errors import RunError, UsageError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -258,6 +256,8 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Importing torch and diffusers makes objects, not garbage: looking for it took two of fourteen seconds.
+    gc.set_threshold(100_000, 20, 20)
     lazy.delay("torch")
     try:
         code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)

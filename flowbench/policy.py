@@ -381,7 +381,7 @@ class Policy:
             image = torch.utils.checkpoint.checkpoint(self._decode, z, use_reentrant=False)
         else:
             image = self._decode(z)
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return (image.float() / 2 + 0.5).clamp(0, 1).contiguous()  # as rewards expect, not as the VAE keeps it
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(z, return_dict=False)[0]
@@ -409,9 +409,11 @@ def load_pipeline(preset: ModelPreset, device: torch.device) -> StableDiffusion3
     absent = {} if preset.has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     source = preset.resolve_source()
     try:
-        return StableDiffusion3Pipeline.from_pretrained(
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
             source, revision=preset.revision, dtype=dtype, use_safetensors=True, **absent
         )
     except (OSError, ValueError) as error:  # diffusers raises ValueError for a folder that does not exist
         reason = shorten(str(error), 140, placeholder=" ...")
         raise RunError(f"model '{preset.name}' cannot be loaded from '{source}': {reason}; {preset.remedy}") from error
+    pipeline.vae.to(memory_format=torch.channels_last)  # decodes in three quarters of the time on a CPU
+    return pipeline
