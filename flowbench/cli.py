@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
@@ -256,8 +257,10 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Importing torch and diffusers makes objects, not garbage: looking for it took two of fourteen seconds.
+    # torch and diffusers are a million objects and no garbage; looking for it took two seconds of their import, and three
+    # of the interpreter's end.
     gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)
     lazy.delay("torch")
     try:
         code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
