@@ -257,7 +257,7 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # torch and diffusers are a million objects and no garbage; looking for it took two seconds of their import, and three
+    # torch and diffusers are a million objects, no garbage: looking for it took two seconds of their import, and three
     # of the interpreter's end.
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
