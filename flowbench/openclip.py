@@ -29,7 +29,7 @@ def _quiet() -> Iterator[None]:
 
 
 class ClipTowers:
-    """Both towers of an open_clip model, frozen; the embeddings of prompts are kept."""
+    """Both towers of an open_clip model, frozen."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model.eval().requires_grad_(False), tokenizer, device
@@ -37,7 +37,6 @@ class ClipTowers:
         self.size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         self.mean = torch.tensor(model.visual.image_mean, device=device)[:, None, None]
         self.std = torch.tensor(model.visual.image_std, device=device)[:, None, None]
-        self._text: dict[str, torch.Tensor] = {}
 
     def embed_images(self, x: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, D) of images (B, 3, *size) in [0, 1]."""
@@ -46,11 +45,10 @@ class ClipTowers:
     @no_grad
     def embed_prompts(self, prompts: tuple[str, ...]) -> torch.Tensor:
         """Embeddings (B, D) of prompts."""
-        # One at a time: in a batch, the last bits would depend on which prompts came before, and so on resuming.
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._text:
-                self._text[prompt] = self.model.encode_text(self.tokenizer([prompt]).to(self.device), normalize=True)[0]
-        return torch.stack([self._text[p] for p in prompts])
+        # All of a call, not those that are new: in such a batch the last bits would depend on what came before.
+        unique = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+        text = self.model.encode_text(self.tokenizer(list(unique)).to(self.device), normalize=True)
+        return text[[unique[p] for p in prompts]]
 
 
 def _hub_id(name: str, tag: str | None) -> str:

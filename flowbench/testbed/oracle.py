@@ -142,7 +142,8 @@ def _fit(color: int, mask: np.ndarray, alpha: np.ndarray, residual: np.ndarray) 
     window = padded[cy : cy + 2 * WINDOW + 1, cx : cx + 2 * WINDOW + 1].ravel()
     near = np.flatnonzero(abs(bank.area - window.sum()) < 0.45 * window.sum() + 4.0)
     near = near if len(near) else np.arange(len(bank.area))
-    overlap = np.minimum(bank.pixels[near], window).sum(1)
+    inside = np.flatnonzero(window)  # elsewhere nothing overlaps
+    overlap = np.minimum(bank.pixels[np.ix_(near, inside)], window[inside]).sum(1)
     iou = overlap / (bank.area[near] + patch.sum() - overlap)
     fit = tuple(float(iou[bank.shape[near] == k].max(initial=0.0)) for k in range(len(SHAPES)))
     best = near[int(iou.argmax())]
