@@ -21,7 +21,7 @@ from ..world import all_captions
 from .data import draw_captions, draw_images
 from .fit import FitPlan, Progress, fit, step_generator
 
-PLAN = FitPlan("transformer", steps=8000, lr=1.5e-3, lr_end=1e-5, warmup=300, ema=0.999, checkpoint_every=500)
+PLAN = FitPlan("transformer", steps=6800, lr=1.5e-3, lr_end=1e-5, warmup=300, ema=0.999, checkpoint_every=500)
 DISTIL = FitPlan("distil", steps=800, lr=4e-4, lr_end=1e-6, warmup=50, ema=0.99, checkpoint_every=250)
 GUIDANCE = 3.0
 BATCH = 64

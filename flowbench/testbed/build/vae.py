@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from .data import draw_captions, draw_images
 from .fit import FitPlan, Progress, fit, reduced_precision, step_generator
 
-PLAN = FitPlan("vae", steps=3000, lr=2e-3, weight_decay=0.0, checkpoint_every=200)
+PLAN = FitPlan("vae", steps=3500, lr=2e-3, weight_decay=0.0, checkpoint_every=200)
 BATCH = 48
 
 
