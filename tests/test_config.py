@@ -14,7 +14,7 @@ from flowbench.presets import AnalyticPreset, load_preset, preset_names
 from flowbench.registry import algorithms
 
 MakeConfig = Callable[..., RunConfig]
-SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/clip/acflow-s0.json"
+SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/oracle/acflow-s0.json"
 
 
 def resolve(algorithm: str = "acflow", reward: str = "jpeg", **overrides: object) -> RunConfig:
@@ -129,10 +129,11 @@ def test_a_models_settings_for_one_reward_hold_for_that_reward_alone():
 
 def test_an_option_that_came_later_leaves_older_hashes_as_they_were():
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    config = resolve_config("acflow", "clip", "mini-sd3", overrides={})
-    assert "anchor_decay" not in shipped["config"]["hyperparameters"]
+    as_run = {"evaluation.splits": ["test"], "evaluation.judges": ["clip"]}
+    config = resolve_config("acflow", "oracle", "mini-sd3", overrides=as_run)
+    assert "w2_every" not in shipped["config"]["hyperparameters"]
     assert config.hash() == shipped["config_hash"]
-    assert resolve("acflow", algorithm__anchor_decay=0.9).hash() != resolve("acflow").hash()
+    assert resolve("acflow", algorithm__w2_every=2).hash() != resolve("acflow").hash()
 
 
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):

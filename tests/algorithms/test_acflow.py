@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -273,6 +274,30 @@ def test_the_noise_of_the_gradient_does_not_grow_with_the_distance_from_the_refe
 
     assert noise(3.0, True) == pytest.approx(noise(0.25, True))
     assert noise(3.0, False) > 2 * noise(0.25, False)
+
+
+def test_measured_on_every_kth_row_the_w2_term_has_the_same_gradient_in_the_mean_over_row_orders():
+    """The control variate makes the term's weight differ between rows, so that a single order is off."""
+    reward = torch.tensor([0.1, 1.0, -0.4, 0.7], dtype=torch.float64)
+    every_row = gradients(ConstantVelocity(), reward, 3.0, alpha=0.6, control_variate=True).mean().item()
+    for k in (2, 3, 4):
+        some = []
+        for order in itertools.permutations(range(4)):
+            policy = ConstantVelocity()
+            policy.u = policy.u[list(order)]
+            rows = gradients(policy, reward[list(order)], 3.0, alpha=0.6, control_variate=True, w2_every=k)
+            some.append(rows.mean().item())
+        assert max(some) - min(some) > 0.1
+        assert sum(some) / len(some) == pytest.approx(every_row)
+
+
+def test_measured_on_every_kth_row_the_w2_term_asks_the_reference_for_those_rows_alone(
+    shared_policy: Policy, rollout: Rollout
+):
+    algorithm = build(shared_policy, states_per_image=3, w2_every=4)
+    before = shared_policy.function_evaluations
+    algorithm.loss(shared_policy, algorithm.prepare(rollout))
+    assert shared_policy.function_evaluations - before == 36 + 9
 
 
 class TrailedVelocity(ConstantVelocity):
