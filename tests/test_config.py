@@ -122,8 +122,7 @@ def test_every_algorithm_takes_the_settings_that_a_model_has_for_it(model: str):
 def test_a_models_settings_for_one_reward_hold_for_that_reward_alone():
     general, special = (resolve_config("acflow", reward, "mini-sd3", overrides={}) for reward in ("clip", "oracle"))
     assert special.training.images > general.training.images
-    assert special.hyperparameters["anchor_decay"] is not None
-    assert general.hyperparameters["anchor_decay"] is None
+    assert special.hyperparameters["alpha"] > general.hyperparameters["alpha"]
     assert resolve_config("acflow", "oracle", "mini-sd3", overrides={"training.images": 64}).training.images == 64
 
 
