@@ -100,13 +100,14 @@ class Worker:
         with self._lock:
             return self._start()
 
-    def ask(self, request: Message) -> Message:
-        """The reply to a request. A worker that dies is started again once, and asked again.
+    def ask(self, *requests: Message) -> Message:
+        """The reply to the last of these requests, between which no other thread's can come.
 
-        Raises RunError when it dies twice or the request fails there.
+        A worker that dies is started again once, and asked again.
+        Raises RunError when it dies twice or a request fails there.
         """
         with self._lock:
-            return self._ask_twice(request)
+            return [self._ask_twice(request) for request in requests][-1]
 
     def stop(self) -> None:
         """End the process; the next request starts it again."""
@@ -123,8 +124,12 @@ class Worker:
             except _DiedError as error:
                 self._drop()
                 deaths.append(str(error))
-        raise RunError(
-            f"the worker of reward '{self.load.reward}' died twice in the same call ({deaths[-1]}); "
+        raise self.gone(deaths[-1])
+
+    def gone(self, how: str) -> RunError:
+        """The error of a call in which the worker died twice."""
+        return RunError(
+            f"the worker of reward '{self.load.reward}' died twice in the same call ({how}); "
             "if memory ran out, lower training.decode_batch or training.microbatch"
         )
 

@@ -90,9 +90,9 @@ class _Crossing(torch.autograd.Function):
         worker, request = ctx.worker, Backward(ctx.call, cotangent)
         reply = worker.ask(request)
         if isinstance(reply, Forgotten):  # the worker was started anew, or holds later calls
-            _score(worker, Score(images, list(ctx.prompts), ctx.call))
-            reply = worker.ask(request)
-        assert isinstance(reply, Gradient)
+            reply = worker.ask(Score(images, list(ctx.prompts), ctx.call), request)
+        if not isinstance(reply, Gradient):
+            raise worker.gone("while it computed a gradient")
         return reply.images.to(images), None, None
 
 

@@ -57,6 +57,9 @@ class Ruled(Reward):
                 time.sleep(60)
             elif prompt == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif prompt == "die backwards":
+                images = images * 1
+                images.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
         lengths = torch.tensor([len(p) / 10 for p in prompts]).to(images)
         return (self.gain * copy.deepcopy(self.net).to(images.dtype)(images).mean((1, 2, 3)) * lengths).tanh()
 

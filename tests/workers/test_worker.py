@@ -172,12 +172,12 @@ def test_several_threads_may_score_at_once(remote: WorkerReward, local: Reward):
     def score(seed: int) -> None:
         results[seed] = gradient(remote, pictures(seed=seed))
 
-    threads = [threading.Thread(target=score, args=(seed,)) for seed in range(6)]
+    threads = [threading.Thread(target=score, args=(seed,)) for seed in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(results[seed], gradient(local, pictures(seed=seed))) for seed in range(6))
+    assert all(torch.equal(results[seed], gradient(local, pictures(seed=seed))) for seed in range(16))
 
 
 @needs_proc
@@ -227,6 +227,12 @@ def test_a_worker_killed_between_score_and_gradient_is_asked_for_both_again(mort
 def test_a_call_that_kills_two_workers_is_an_error_that_names_the_reward(mortal: WorkerReward):
     with pytest.raises(RunError, match=r"the worker of reward 'ruled' died twice in the same call \(killed by SIGKILL"):
         mortal.score(pictures(), ("die", *PROMPTS[1:]))
+    assert mortal.score(pictures(), PROMPTS).shape == (4,)
+
+
+def test_a_gradient_that_kills_two_workers_is_such_an_error_too(mortal: WorkerReward):
+    with pytest.raises(RunError, match=r"the worker of reward 'ruled' died twice in the same call \(while it computed"):
+        gradient(mortal, pictures(), ("die backwards", *PROMPTS[1:]))
     assert mortal.score(pictures(), PROMPTS).shape == (4,)
 
 
