@@ -133,6 +133,7 @@ def test_an_option_that_came_later_leaves_older_hashes_as_they_were():
     assert "w2_every" not in shipped["config"]["hyperparameters"]
     assert config.hash() == shipped["config_hash"]
     assert resolve("acflow", algorithm__w2_every=2).hash() != resolve("acflow").hash()
+    assert resolve("acflow", algorithm__anchor_decay=0.9).hash() != resolve("acflow").hash()
 
 
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):
