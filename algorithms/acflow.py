@@ -36,6 +36,7 @@ from flowbench.flow import velocity_error
 from flowbench.policy import Policy
 from flowbench.shaping import Kind, RewardShaping
 
+Weighting = Literal["exp", "softplus", "sigmoid", "linear", "topk"]
 WEIGHTS = {
     "exp": lambda a, tau: torch.exp(tau * a),
     "softplus": lambda a, tau: torch.nn.functional.softplus(tau * a),
@@ -53,28 +54,20 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         added_later: ClassVar = frozenset({"anchor_decay", "w2_every"})
 
         shaping: Kind = Field("standardize", description="how rewards become r_s; see flowbench.shaping")
-        critic: Literal["shaped", "direct", "none"] = Field(
-            "shaped", description="regress the shaped reward, the raw return, or no critic (V = 0)"
-        )
+        critic: Literal["shaped", "direct", "none"] = Field("shaped", description="learns r_s, raw r, or none (V = 0)")
         critic_loss: Literal["mse", "huber"] = Field("mse", description="error of the critic")
         critic_width: int = Field(64, ge=8, description="channels of the critic")
-        states: Literal["renoised", "trajectory"] = Field(
-            "renoised", description="the image noised again, or the sampler's own path"
-        )
+        states: Literal["renoised", "trajectory"] = Field("renoised", description="noised x0, or the sampler's states")
         states_per_image: int = Field(1, ge=1, description="noisy states per image and pass, for re-noised states")
         shared_noise: bool = Field(True, description="same noise and sigma for the images of a prompt")
         clip: float | None = Field(2.0, gt=0, description="bound on |A|; null is none")
         warmup: int = Field(5, ge=0, description="iterations in which only the critic learns")
-        weight: Literal["exp", "softplus", "sigmoid", "linear", "topk"] = Field(
-            "linear", description="the generalized weighting of the advantage"
-        )
+        weight: Weighting = Field("linear", description="the generalized weighting of the advantage")
         tau: float = Field(1.0, gt=0, description="temperature of the weighting")
         center: bool = Field(True, description="subtract the batch mean of the weights")
         alpha: float = Field(1.0, ge=0, description="Wasserstein-2 regularisation")
         w2_every: int = Field(1, ge=1, description="measure the W2 term on every n-th row")
-        anchor_decay: float | None = Field(
-            None, ge=0, lt=1, description="pull to the policy's average with this decay; null is the pretrained model"
-        )
+        anchor_decay: float | None = Field(None, ge=0, lt=1, description="v_ref is the policy's average of this decay")
         control_variate: bool = Field(False, description="subtract w mean_d (v - v_ref)^2 from the loss")
 
     cfg: Config
@@ -154,11 +147,11 @@ class AcFlow(Algorithm["AcFlow.Config"]):
 
     def _state(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x_sigma, sigma and the target velocity of the straight path that joins x_sigma to its x0."""
-        if batch.x is None or batch.sigma is None:
+        if self.cfg.states == "renoised":
             noisy = policy.renoise(batch.x0, share=batch.group if self.cfg.shared_noise else None)
             return noisy.x, noisy.sigma, noisy.u
-        sigma = batch.sigma[:, None, None, None]
-        return batch.x, batch.sigma, (batch.x - batch.x0) / sigma
+        x, sigma = batch.state()
+        return x, sigma, (x - batch.x0) / sigma[:, None, None, None]
 
     def _value(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.cfg.critic == "none":

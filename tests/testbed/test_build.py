@@ -3,12 +3,14 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from flowbench.testbed.build.clip import info_nce
 from flowbench.testbed.build.fit import FitPlan, fit, learning_rate
+from flowbench.testbed.build.measure import exclusive_captions
 from flowbench.testbed.build.transformer import (
     CAPTION_DROPOUT,
     Data,
@@ -19,6 +21,9 @@ from flowbench.testbed.build.transformer import (
     new_transformer,
     velocity,
 )
+from flowbench.testbed.build.vae import draw_crosses
+from flowbench.testbed.oracle import judge_images
+from flowbench.testbed.world import is_compositional
 
 PLAN = FitPlan("line", steps=40, lr=0.05, warmup=5, ema=0.9, checkpoint_every=10)
 
@@ -132,3 +137,19 @@ def test_distillation_moves_the_student_towards_its_guided_self(data: Data, tmp_
     before = error()
     distil_guidance(student, data, tmp_path, 0, quiet, FitPlan("distil", steps=12, lr=1e-3, warmup=2))
     assert error() < 0.7 * before
+
+
+def test_every_scene_of_the_crosses_stage_has_a_cross_that_may_be_small():
+    rng = np.random.default_rng(0)
+    captions = draw_crosses(24, rng)
+    assert len(captions) == 24
+    for caption in captions:
+        assert any(o.shape == "cross" and o.size != "large" for o in caption.objects), caption.text
+        assert not is_compositional(caption)
+
+
+def test_no_caption_of_the_retrieval_measure_is_true_of_another_scene():
+    images, captions = exclusive_captions(12, np.random.default_rng(0))
+    for i, caption in enumerate(captions):
+        true_of = [v.exact for v in judge_images(images.numpy(), [caption] * len(captions))]
+        assert true_of == [j == i for j in range(len(captions))], caption.text

@@ -89,6 +89,7 @@ the pipeline's default (256) is another softmax, and slower.
 ## Training
 
 - VAE: {_plan(vae.PLAN, vae.BATCH)}; L1 + 2 MSE, tiny KL, pixels of objects weigh three times.
+  Then, with small crosses in half of the batch, which a blur turns into circles: {_plan(vae.CROSSES, vae.BATCH)}.
 - Text towers: {_plan(text.PLAN, text.BATCH)}; contrastive against
   mini-clip's locked image tower, with one hard negative caption per image; then frozen.
 - Transformer: {_plan(transformer.PLAN, transformer.BATCH)}; {transformer.POOL} latents, logit-normal

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from ..oracle import judge_images
+from ..oracle import View, judge, judge_images, see
 from ..world import Caption, mutate
 from .data import draw_captions, draw_images
 
@@ -39,23 +39,14 @@ def exclusive_captions(n: int, rng: np.random.Generator) -> tuple[torch.Tensor, 
 
     Otherwise "a red circle" and "a small red circle" would both be right answers, and retrieval would measure that.
     """
-    images, captions = torch.empty(0, 3, 32, 32), list[Caption]()
-    while len(captions) < n:
+    chosen: list[tuple[torch.Tensor, View, Caption]] = []
+    while len(chosen) < n:
         candidates = draw_captions(n, rng)
-        for caption, image in zip(candidates, draw_images(candidates, rng), strict=True):
-            if len(captions) == n or not captions:
-                true_elsewhere = bool(captions)
-            else:
-                true_elsewhere = any(
-                    v.exact
-                    for v in judge_images(
-                        torch.cat([images, image.expand(len(captions), -1, -1, -1)]).numpy(),
-                        [caption] * len(captions) + captions,
-                    )
-                )
-            if not true_elsewhere:
-                images, captions = torch.cat([images, image[None]]), [*captions, caption]
-    return images, captions
+        drawn = draw_images(candidates, rng)
+        for image, view, caption in zip(drawn, see(drawn.numpy()), candidates, strict=True):
+            if not any(judge(v, caption).exact or judge(view, c).exact for _, v, c in chosen):
+                chosen.append((image, view, caption))
+    return torch.stack([image for image, _, _ in chosen[:n]]), [caption for _, _, caption in chosen[:n]]
 
 
 @torch.no_grad()
