@@ -44,9 +44,10 @@ def exclusive_captions(n: int, rng: np.random.Generator) -> tuple[torch.Tensor, 
         candidates = draw_captions(n, rng)
         drawn = draw_images(candidates, rng)
         for image, view, caption in zip(drawn, see(drawn.numpy()), candidates, strict=True):
-            if not any(judge(v, caption).exact or judge(view, c).exact for _, v, c in chosen):
+            true_elsewhere = (judge(v, caption).exact or judge(view, c).exact for _, v, c in chosen)
+            if len(chosen) < n and not any(true_elsewhere):
                 chosen.append((image, view, caption))
-    return torch.stack([image for image, _, _ in chosen[:n]]), [caption for _, _, caption in chosen[:n]]
+    return torch.stack([image for image, _, _ in chosen]), [caption for _, _, caption in chosen]
 
 
 @torch.no_grad()
