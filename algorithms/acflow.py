@@ -32,9 +32,9 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm, visited
-from flowbench.flow import velocity_error
-from flowbench.policy import Policy
-from flowbench.shaping import Kind, RewardShaping
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
+from flowbench.toolkit.shaping import Kind, RewardShaping
 
 Weighting = Literal["exp", "softplus", "sigmoid", "linear", "topk"]
 WEIGHTS = {
@@ -53,7 +53,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     class Config(AlgorithmConfig):
         added_later: ClassVar = frozenset({"anchor_decay", "w2_every"})
 
-        shaping: Kind = Field("standardize", description="how rewards become r_s; see flowbench.shaping")
+        shaping: Kind = Field("standardize", description="how rewards become r_s; see flowbench.toolkit.shaping")
         critic: Literal["shaped", "direct", "none"] = Field("shaped", description="learns r_s, raw r, or none (V = 0)")
         critic_loss: Literal["mse", "huber"] = Field("mse", description="error of the critic")
         critic_width: int = Field(64, ge=8, description="channels of the critic")
@@ -82,7 +82,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
             policy.add_view("average")
         if self.cfg.critic != "none":
             # Imported here because it needs torch's classes; see flowbench.lazy.
-            from flowbench.critic import StateCritic
+            from flowbench.toolkit.critic import StateCritic
 
             torch.manual_seed(0)
             channels, *sides = policy.latent_shape
@@ -104,7 +104,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         value, critic_loss = self._value(x, sigma, batch)
         metrics: dict[str, torch.Tensor | float] = {}
         if critic_loss is not None:
-            from flowbench.critic import explained_by_sigma
+            from flowbench.toolkit.critic import explained_by_sigma
 
             metrics = {"critic_loss": critic_loss.mean(), **explained_by_sigma(value, batch.advantage, sigma)}
         if self.iteration < self.cfg.warmup and critic_loss is not None:

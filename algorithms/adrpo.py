@@ -18,9 +18,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.matching import Matching, MatchingConfig
-from flowbench.policy import Policy
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import Matching, MatchingConfig
 
 
 @register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"})

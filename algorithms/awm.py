@@ -23,10 +23,10 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.matching import MatchingConfig, TrailingMatching
-from flowbench.policy import Policy
-from flowbench.policy_gradient import clipped_surrogate
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import MatchingConfig, TrailingMatching
+from flowbench.toolkit.policy_gradient import clipped_surrogate
 
 
 @register_algorithm("awm", paper="arXiv:2509.25050", needs={"endpoint"})

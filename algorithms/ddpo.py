@@ -14,8 +14,8 @@ Deviations from the paper and its reference code (kvablack/ddpo-pytorch):
 from __future__ import annotations
 
 from flowbench.algorithm import Batch, Loss, register_algorithm
-from flowbench.policy import Policy
-from flowbench.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
+from flowbench.models.policy import Policy
+from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
 
 
 @register_algorithm("ddpo", paper="arXiv:2305.13301", needs={"states", "log_prob"})

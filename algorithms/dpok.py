@@ -19,8 +19,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from flowbench.algorithm import Batch, Loss, register_algorithm
-from flowbench.policy import Policy
-from flowbench.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
+from flowbench.models.policy import Policy
+from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
 
 
 @register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"})

@@ -27,8 +27,8 @@ from flowbench.algorithm import (
     visited,
 )
 from flowbench.errors import UsageError
-from flowbench.flow import interpolate
-from flowbench.policy import Policy
+from flowbench.models.flow import interpolate
+from flowbench.models.policy import Policy
 
 
 @register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"})

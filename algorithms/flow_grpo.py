@@ -22,8 +22,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from flowbench.algorithm import Batch, Loss, register_algorithm
-from flowbench.policy import Policy
-from flowbench.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
+from flowbench.models.policy import Policy
+from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
 
 
 @register_algorithm("flow-grpo", paper="arXiv:2505.05470", needs={"states", "log_prob"})

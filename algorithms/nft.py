@@ -23,9 +23,9 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.matching import MatchingConfig, TrailingMatching
-from flowbench.policy import Policy, Renoised
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy, Renoised
+from flowbench.toolkit.matching import MatchingConfig, TrailingMatching
 
 
 @register_algorithm("nft", paper="arXiv:2509.16117", needs={"endpoint", "old"})

@@ -21,8 +21,8 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, pairs, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.policy import Policy
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
 
 
 @register_algorithm("online-dpo", paper="arXiv:2311.12908", needs={"endpoint"})

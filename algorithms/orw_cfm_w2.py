@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.policy import Policy
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
 
 
 @register_algorithm("orw-cfm-w2", paper="arXiv:2502.06061", needs={"endpoint"})

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.matching import Matching, MatchingConfig
-from flowbench.policy import Policy
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import Matching, MatchingConfig
 
 
 @register_algorithm("raft", paper="arXiv:2304.06767", needs={"endpoint"})

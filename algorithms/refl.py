@@ -15,8 +15,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, register_algorithm, visited
-from flowbench.flow import predict_x0, velocity_error
-from flowbench.policy import Policy
+from flowbench.models.flow import predict_x0, velocity_error
+from flowbench.models.policy import Policy
 
 
 @register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"})

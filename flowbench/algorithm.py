@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from .errors import RunError
-from .registry import AlgorithmInfo, register_algorithm
-from .rollout import Batch, Loss, Rollout, endpoints, pairs, transitions, visited
+from flowbench.errors import RunError
+from flowbench.registry import AlgorithmInfo, register_algorithm
+from flowbench.rollout import Batch, Loss, Rollout, endpoints, pairs, transitions, visited
 
 if TYPE_CHECKING:
-    from .policy import Policy
+    from flowbench.models.policy import Policy
 
 RewardFunction: TypeAlias = "Callable[[torch.Tensor, tuple[str, ...]], torch.Tensor]"
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .combination import combined_info, parse_reward, spell, term_names
-from .errors import UsageError, did_you_mean
-from .presets import AnalyticPreset, ModelPreset, load_preset
-from .registry import algorithms, rewards
+from flowbench.errors import UsageError, did_you_mean
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.registry import algorithms, rewards
+from flowbench.terms import combined_info, parse_reward, spell, term_names
 
 if TYPE_CHECKING:
-    from .algorithm import AlgorithmConfig
+    from flowbench.algorithm import AlgorithmConfig
 
 
 class _Section(BaseModel):
@@ -137,10 +137,10 @@ def resolve_config(
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
     preset = load_preset(model)
-    plugin = algorithms.get(algorithm)
+    info = algorithms.describe(algorithm)
     terms = parse_reward(reward)
     mine = preset.settings(algorithm, spell(terms))
-    training = {**preset.training, **_default_sampler(plugin.info.needs), **mine["training"]}
+    training = {**preset.training, **_default_sampler(info.needs), **mine["training"]}
     sections: dict[str, dict[str, Any]] = {
         "training": training,
         "evaluation": dict(preset.evaluation),
@@ -160,14 +160,24 @@ def resolve_config(
         "device": device,
         "training": _validate(TrainingConfig, "training", sections["training"]),
         "evaluation": _validate(EvaluationConfig, "evaluation", sections["evaluation"]),
-        "hyperparameters": _validate(plugin.cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
+        "hyperparameters": _validate(
+            algorithms.get(algorithm).cls.Config, "algorithm", sections["algorithm"]
+        ).model_dump(mode="json"),
     }
     config: RunConfig = _validate(RunConfig, "", values)
     _check_domain(config, preset, combined_info(terms).domain)
-    _check_needs(plugin.info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
+    _check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
     _check_window(config, preset)
     _check_judges(config.evaluation, config.reward)
     return config
+
+
+def _hyperparameters(algorithm: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an algorithm, validated by its own Config."""
+    values: dict[str, Any] = _validate(algorithms.get(algorithm).cls.Config, "algorithm", settings).model_dump(
+        mode="json"
+    )
+    return values
 
 
 def evaluation_config(preset: ModelPreset, overrides: dict[str, Any], reward: str | None = None) -> EvaluationConfig:
@@ -195,12 +205,10 @@ def _check_domain(config: RunConfig, preset: ModelPreset, domain: str) -> None:
 
 
 def _check_needs(needs: frozenset[str], config: RunConfig, without_gradient: list[str]) -> None:
-    from .samplers import SAMPLERS_WITH_LOG_PROB, sampler_names
+    from flowbench.models.flow import get_sampler
 
     sampler = config.training.sampler
-    if sampler not in sampler_names():
-        raise UsageError(f"unknown sampler '{sampler}'{did_you_mean(sampler, sampler_names())}")
-    if "log_prob" in needs and sampler not in SAMPLERS_WITH_LOG_PROB:
+    if not get_sampler(sampler).has_log_prob and "log_prob" in needs:
         raise UsageError(f"{config.algorithm} needs log_prob; sampler '{sampler}' has none, use 'flow-sde'")
     if "reward_grad" in needs and without_gradient:
         raise UsageError(
@@ -212,7 +220,7 @@ def _check_needs(needs: frozenset[str], config: RunConfig, without_gradient: lis
 def _check_judges(config: EvaluationConfig, reward: str | None) -> None:
     trained = term_names(reward) if reward else ()
     for name in config.judges or ():
-        rewards.get(name)
+        rewards.require(name)
         if name in trained:
             raise UsageError(
                 f"the run trains on '{name}', so it cannot be a judge: it would praise what it taught; take it out of "
@@ -221,12 +229,12 @@ def _check_judges(config: EvaluationConfig, reward: str | None) -> None:
 
 
 def _check_window(config: RunConfig, preset: ModelPreset) -> None:
-    from .samplers import SAMPLERS_WITH_LOG_PROB
+    from flowbench.models.flow import get_sampler
 
     training = config.training
     if training.sde_window is None:
         return
-    if training.sampler not in SAMPLERS_WITH_LOG_PROB:
+    if not get_sampler(training.sampler).has_log_prob:
         raise UsageError(f"training.sde_window: sampler '{training.sampler}' is not stochastic, use 'flow-sde'")
     steps = training.num_steps or preset.num_steps
     if training.sde_window >= steps:  # the last step is never in it, as in the reference implementations

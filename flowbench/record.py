@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import UsageError
+from flowbench.errors import UsageError
 
 PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy", "scipy")
 

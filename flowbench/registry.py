@@ -12,15 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from .errors import UsageError, did_you_mean
-
-if TYPE_CHECKING:
-    from .algorithm import Algorithm
-    from .reward import Reward
-
-T = TypeVar("T")
+from flowbench.declared import read_declaration, summary
+from flowbench.errors import UsageError, did_you_mean
 
 NEEDS = frozenset({"endpoint", "states", "log_prob", "reward_grad", "old"})
 
@@ -63,22 +58,23 @@ Info = TypeVar("Info", AlgorithmInfo, RewardInfo)
 
 
 @dataclass(frozen=True)
-class Plugin(Generic[T, Info]):
+class Plugin(Generic[Info]):
     """A registered class with its metadata."""
 
-    cls: type[T]
+    cls: type[Any]
     info: Info
 
 
 @dataclass
-class Registry(Generic[T, Info]):
-    """Plug-ins of one kind by name."""
+class Registry(Generic[Info]):
+    """Plug-ins of one kind by name. make_info: their metadata from name, summary and the decorator's arguments."""
 
     kind: str
     group: str
-    loaded: dict[str, Plugin[T, Info]] = field(default_factory=dict)
+    make_info: Callable[..., Info]
+    loaded: dict[str, Plugin[Info]] = field(default_factory=dict)
 
-    def add(self, plugin: Plugin[T, Info]) -> None:
+    def add(self, plugin: Plugin[Info]) -> None:
         """Register a plug-in.
 
         Raises UsageError for a name that another class already has.
@@ -99,7 +95,7 @@ class Registry(Generic[T, Info]):
         """All known names, without importing a plug-in."""
         return sorted({point.name for point in self._points()} | set(self.loaded))
 
-    def get(self, name: str) -> Plugin[T, Info]:
+    def get(self, name: str) -> Plugin[Info]:
         """The plug-in of that name, imported now if need be.
 
         Raises UsageError for an unknown name, a broken module, or a name that two packages claim.
@@ -123,6 +119,23 @@ class Registry(Generic[T, Info]):
                 raise UsageError(f"entry point '{name}' ({points[0].value}) registers no {self.kind} of that name")
         return self.loaded[name]
 
+    def require(self, name: str) -> None:
+        """Raise UsageError for an unknown name, without importing a plug-in."""
+        if name not in self.names():
+            raise UsageError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
+
+    def describe(self, name: str) -> Info:
+        """The metadata of the plug-in of that name, from its source where that says all, else from the plug-in.
+
+        Raises UsageError as `get` does.
+        """
+        points = [p for p in self._points() if p.name == name]
+        if name not in self.loaded and len({p.value for p in points}) == 1:
+            found = read_declaration(points[0].module, f"register_{self.kind}", name)
+            if found:
+                return self.make_info(name, found.summary, **found.arguments)
+        return self.get(name).info
+
     def _points(self) -> tuple[EntryPoint, ...]:
         return tuple(entry_points(group=self.group))
 
@@ -132,16 +145,38 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-class _Rewards(Registry["Reward", RewardInfo]):
-    def get(self, name: str) -> Plugin[Reward, RewardInfo]:
-        return super().get("remote" if is_url(name) else name)
+class _Rewards(Registry["RewardInfo"]):
+    """Rewards; the address of a server stands for the reward `remote`."""
+
+    def require(self, name: str) -> None:
+        super().require(_plain(name))
+
+    def describe(self, name: str) -> RewardInfo:
+        return super().describe(_plain(name))
+
+    def get(self, name: str) -> Plugin[RewardInfo]:
+        return super().get(_plain(name))
 
 
-algorithms: Registry[Algorithm, AlgorithmInfo] = Registry("algorithm", "flowbench.algorithms")
-rewards: Registry[Reward, RewardInfo] = _Rewards("reward", "flowbench.rewards")
+def _plain(name: str) -> str:
+    return "remote" if is_url(name) else name
 
-A = TypeVar("A", bound="type[Algorithm]")
-R = TypeVar("R", bound="type[Reward]")
+
+def _algorithm_info(name: str, summary: str, *, paper: str, needs: Iterable[str]) -> AlgorithmInfo:
+    for need in set(needs) - NEEDS:
+        raise UsageError(f"algorithm '{name}' needs '{need}', which is unknown{did_you_mean(need, NEEDS)}")
+    return AlgorithmInfo(name, paper, frozenset(needs), summary)
+
+
+def _reward_info(name: str, summary: str, *, requirements: Iterable[str] = (), **declared: Any) -> RewardInfo:
+    values: dict[str, Any] = {"truth": False, **declared}
+    return RewardInfo(name=name, summary=summary, requirements=tuple(requirements), **values)
+
+
+algorithms: Registry[AlgorithmInfo] = Registry("algorithm", "flowbench.algorithms", _algorithm_info)
+rewards: Registry[RewardInfo] = _Rewards("reward", "flowbench.rewards", _reward_info)
+
+C = TypeVar("C", bound=type)
 
 
 def _identity(cls: type) -> tuple[str, str]:
@@ -152,21 +187,16 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _summary(cls: type) -> str:
-    return (cls.__doc__ or "").strip().split("\n")[0]
-
-
-def register_algorithm(name: str, *, paper: str, needs: set[str]) -> Callable[[A], A]:
+def register_algorithm(name: str, *, paper: str, needs: set[str]) -> Callable[[C], C]:
     """Class decorator for an algorithm; the docstring's first line becomes its summary.
 
     Raises UsageError for a need that the core does not know, or a name that is taken.
     """
 
-    def register(cls: A) -> A:
-        for need in needs - NEEDS:
-            raise UsageError(f"algorithm '{name}' needs '{need}', which is unknown{did_you_mean(need, NEEDS)}")
-        cls.info = AlgorithmInfo(name, paper, frozenset(needs), _summary(cls))
-        algorithms.add(Plugin(cls, cls.info))
+    def register(cls: C) -> C:
+        info = _algorithm_info(name, summary(cls.__doc__), paper=paper, needs=needs)
+        cls.info = info  # type: ignore[attr-defined]
+        algorithms.add(Plugin(cls, info))
         return cls
 
     return register
@@ -184,14 +214,14 @@ def register_reward(
     discrete: bool = False,
     requirements: Iterable[str] = (),
     reads_prompt: bool = True,
-) -> Callable[[R], R]:
+) -> Callable[[C], C]:
     """Class decorator for a reward; the docstring's first line becomes its summary."""
+    declared = {key: value for key, value in locals().items() if key != "name"}
 
-    def register(cls: R) -> R:
-        summary = _summary(cls)
-        more = domain, discrete, tuple(requirements), reads_prompt
-        cls.info = RewardInfo(name, source, licence, range, differentiable, truth, summary, *more)
-        rewards.add(Plugin(cls, cls.info))
+    def register(cls: C) -> C:
+        info = _reward_info(name, summary(cls.__doc__), **declared)
+        cls.info = info  # type: ignore[attr-defined]
+        rewards.add(Plugin(cls, info))
         return cls
 
     return register

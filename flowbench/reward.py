@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import RunError
-from .registry import RewardInfo, register_reward
+from flowbench.errors import RunError
+from flowbench.registry import RewardInfo, register_reward
 
 if TYPE_CHECKING:
-    from .checkpoints import Weights
+    from flowbench.scoring.checkpoints import Weights
 
 logger = logging.getLogger("flowbench")
 
@@ -38,7 +38,7 @@ class Reward:
     def provenance(self) -> dict[str, Any]:
         """What identifies the scorer in a record, such as weights' names and hashes.
 
-        "sha256" is the hash of the weights (`flowbench.checkpoints.fingerprint`); two rewards with the same one are
+        "sha256" is the hash of the weights (`scoring.checkpoints.fingerprint`); two rewards with the same one are
         the same judge.
         """
         return {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .errors import RunError
+from flowbench.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from flowbench.checkpoints import Weights, find_file, fingerprint, read_tensors
-from flowbench.openclip import clip_weights, load_towers
-from flowbench.preprocess import Preprocessing, crop_shortest_side
 from flowbench.reward import Reward, register_reward
+from flowbench.scoring.checkpoints import Weights, find_file, fingerprint, read_tensors
+from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side
+from flowbench.scoring.towers.openclip import clip_weights, load_towers
 
 REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"  # on GitHub
 HEAD = "sac+logos+ava1-l14-linearMSE"  # of that repository, with .pth
@@ -35,7 +35,7 @@ class Aesthetic(Reward):
         self.model_name, self.pretrained, self.head_name = model, pretrained, head
 
     def load(self, device: torch.device) -> None:
-        from flowbench.heads import load_head
+        from flowbench.scoring.towers.heads import load_head
 
         path = find_file("aesthetic", self.head_name, f"{HEAD}.safetensors", f"{HEAD}.pth", f"github.com/{REPOSITORY}")
         tensors = read_tensors("aesthetic", path)

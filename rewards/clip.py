@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from flowbench.checkpoints import Weights, fingerprint
-from flowbench.openclip import clip_weights, load_towers
-from flowbench.preprocess import Preprocessing, crop_shortest_side
 from flowbench.reward import Reward, register_reward
+from flowbench.scoring.checkpoints import Weights, fingerprint
+from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side
+from flowbench.scoring.towers.openclip import clip_weights, load_towers
 
 
 @register_reward(

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from flowbench.checkpoints import Weights, find_file, fingerprint
 from flowbench.errors import UsageError
-from flowbench.openclip import load_checkpoint, load_towers
-from flowbench.preprocess import TensorPreprocessing, pad_longest_side
-from flowbench.presets import resolve_weights
+from flowbench.models.presets import resolve_weights
 from flowbench.reward import Reward, register_reward
+from flowbench.scoring.checkpoints import Weights, find_file, fingerprint
+from flowbench.scoring.preprocess import TensorPreprocessing, pad_longest_side
+from flowbench.scoring.towers.openclip import load_checkpoint, load_towers
 
 HUB = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed", "v2.1": "HPS_v2.1_compressed"}  # of the hub repository, with .pt

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowbench.checkpoints import find_file, fingerprint, load_strictly, read_json, read_tensors
-from flowbench.preprocess import to_pil
-from flowbench.presets import resolve_weights
+from flowbench.models.presets import resolve_weights
 from flowbench.reward import Reward, register_reward
 from flowbench.rewards.hpsv2 import ARCHITECTURE, FILES, HUB, HpsV2
-from flowbench.workers.packages import REQUIREMENTS, clip_vocabulary
+from flowbench.scoring.checkpoints import find_file, fingerprint, load_strictly, read_json, read_tensors
+from flowbench.scoring.preprocess import to_pil
+from flowbench.scoring.workers.packages import REQUIREMENTS, clip_vocabulary
 
 if TYPE_CHECKING:
-    from flowbench.checkpoints import Weights
+    from flowbench.scoring.checkpoints import Weights
 
 NAME = "hpsv2-package"
 

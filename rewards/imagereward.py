@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 
-from flowbench.checkpoints import Weights, brief, find_file, fingerprint, load_pretrained, read_json, read_tensors
 from flowbench.errors import RunError
-from flowbench.preprocess import Preprocessing, crop_shortest_side, normalize
-from flowbench.presets import resolve_weights
+from flowbench.models.presets import resolve_weights
 from flowbench.reward import Reward, register_reward
+from flowbench.scoring.checkpoints import (
+    Weights,
+    brief,
+    find_file,
+    fingerprint,
+    load_pretrained,
+    read_json,
+    read_tensors,
+)
+from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side, normalize
 
 HUB = "THUDM/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -40,7 +48,7 @@ class ImageReward(Reward):
     def load(self, device: torch.device) -> None:
         from transformers import AutoTokenizer
 
-        from flowbench.blip import BlipReward, load_blip_reward
+        from flowbench.scoring.towers.blip import BlipReward, load_blip_reward
 
         path = find_file("imagereward", self.model_name, "ImageReward.safetensors", pickle="ImageReward.pt")
         config = Path(resolve_weights(self.model_name)) / CONFIG

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowbench.checkpoints import find_file, fingerprint, read_json, read_tensors
 from flowbench.errors import RunError
-from flowbench.preprocess import Preprocessing, crop_shortest_side, normalize, to_pil
-from flowbench.presets import resolve_weights
+from flowbench.models.presets import resolve_weights
 from flowbench.reward import Reward, register_reward
 from flowbench.rewards.imagereward import CONFIG, HUB, TOKENIZER, ImageReward
-from flowbench.workers.packages import REQUIREMENTS
+from flowbench.scoring.checkpoints import find_file, fingerprint, read_json, read_tensors
+from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side, normalize, to_pil
+from flowbench.scoring.workers.packages import REQUIREMENTS
 
 if TYPE_CHECKING:
-    from flowbench.checkpoints import Weights
+    from flowbench.scoring.checkpoints import Weights
 
 NAME = "imagereward-package"
 MAX_TOKENS = 35
@@ -44,7 +44,7 @@ class ImageRewardPackage(Reward):
         self.model_name, self.tokenizer_name = model, tokenizer
 
     def load(self, device: torch.device) -> None:
-        from flowbench.blip import TEXT, VISION
+        from flowbench.scoring.towers.blip import TEXT, VISION
 
         path = find_file(NAME, self.model_name, "ImageReward.safetensors", pickle="ImageReward.pt")
         config = Path(resolve_weights(self.model_name)) / CONFIG
@@ -75,7 +75,7 @@ class ImageRewardPackage(Reward):
 
     def _renamed(self) -> torch.nn.Module:
         """flowbench's network with the package's weights, so that the same checkpoint has the same hash."""
-        from flowbench.blip import BlipReward, official_tensors
+        from flowbench.scoring.towers.blip import BlipReward, official_tensors
 
         with torch.device("meta"):
             module = BlipReward(self.vision, self.text)
@@ -92,7 +92,7 @@ def _build(vision: dict[str, Any], text: dict[str, Any], tokenizer: str, device:
     from ImageReward.models.BLIP import blip, blip_pretrain, vit
     from transformers import BertTokenizer
 
-    from flowbench.blip import VISION
+    from flowbench.scoring.towers.blip import VISION
 
     package: Any = importlib.import_module("ImageReward.ImageReward")  # as an attribute it is hidden by the class
     original = blip.BertTokenizer, blip_pretrain.create_vit, package.MLP

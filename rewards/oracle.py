@@ -20,7 +20,7 @@ class Oracle(Reward):
     """Mean of the oracle's soft and exact verdicts; only for prompts of the world of shapes."""
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
-        from flowbench.testbed.truth import truth
+        from flowbench.testbeds.shapes.truth import truth
 
         verdicts = truth(images.detach(), prompts)
         return (verdicts["oracle_exact"] + verdicts["oracle_soft"]) / 2

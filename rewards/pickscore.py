@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from flowbench.checkpoints import Weights, fingerprint, load_pretrained
-from flowbench.lazy import no_grad
-from flowbench.preprocess import Preprocessing, crop_shortest_side_floor, normalize
 from flowbench.reward import Reward, register_reward
+from flowbench.scoring.checkpoints import Weights, fingerprint, load_pretrained
+from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side_floor, normalize
 
 HUB = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -53,7 +52,7 @@ class PickScore(Reward):
     def provenance(self) -> dict[str, Any]:
         return {"model": self.model_name, "sha256": fingerprint(self.model)}
 
-    @no_grad
+    @torch.no_grad()
     def _encode_text(self, prompts: tuple[str, ...]) -> torch.Tensor:
         # One at a time, so that nothing depends on which prompts share a batch.
         length = self.model.config.text_config.max_position_embeddings

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from flowbench.analytic.density import QuadraticForm
-from flowbench.analytic.reward import PointReward
 from flowbench.reward import register_reward
+from flowbench.scoring.points import PointReward
+from flowbench.testbeds.plane.density import QuadraticForm
 
 
 @register_reward(

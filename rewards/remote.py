@@ -56,7 +56,7 @@ class Remote(Reward):
         from requests.adapters import HTTPAdapter
         from urllib3.util import Retry
 
-        from flowbench.remote import TOKEN
+        from flowbench.scoring.remote import TOKEN
 
         retry = Retry(
             self.retries,
@@ -74,7 +74,7 @@ class Remote(Reward):
         self.scorer = self._described(self._ask("GET", "/"))
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
-        from flowbench.remote import FormatError, pack, read_scores
+        from flowbench.scoring.remote import FormatError, pack, read_scores
 
         scores = []
         for start in range(0, len(images), self.batch):

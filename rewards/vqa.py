@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from flowbench.checkpoints import Weights, fingerprint, load_pretrained
 from flowbench.errors import RunError, UsageError
-from flowbench.preprocess import to_pil
 from flowbench.reward import Reward, register_reward
+from flowbench.scoring.checkpoints import Weights, fingerprint, load_pretrained
+from flowbench.scoring.preprocess import to_pil
 
 QUESTION = 'Does this image show "{prompt}"? Answer yes or no.'
 ANSWERS = (("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no"))

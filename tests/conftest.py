@@ -16,15 +16,15 @@ import torch
 import yaml
 from small import SMALL
 
-from flowbench import cli
+from flowbench.cli import main as cli
 from flowbench.config import RunConfig, resolve_config
-from flowbench.policy import Policy, Tuning, load_pipeline
-from flowbench.presets import ModelPreset, load_preset
+from flowbench.experiments.run import build_algorithm, build_policy, build_reward
+from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import load_split
 from flowbench.registry import algorithms, rewards
 from flowbench.reward import Reward
-from flowbench.run import build_algorithm, build_policy, build_reward
-from flowbench.trainer import IterationLog, Trainer
+from flowbench.training.trainer import IterationLog, Trainer
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def tiny_config(preset_file: str) -> Callable[..., RunConfig]:
 @pytest.fixture
 def make_trainer(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
     """A trainer with its own policy, on the first eight training prompts, in a folder."""
-    monkeypatch.setattr("flowbench.run.load_pipeline", lambda preset, device: copy.deepcopy(pipeline))
+    monkeypatch.setattr("flowbench.experiments.run.load_pipeline", lambda preset, device: copy.deepcopy(pipeline))
 
     def make(config: RunConfig, folder: Path, reward: Reward | None = None) -> Trainer:
         preset = load_preset(config.model)
@@ -136,7 +136,7 @@ def flowbench_process() -> Callable[..., subprocess.Popen[str]]:
     def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         threads = str(torch.get_num_threads())
         return subprocess.Popen(
-            [sys.executable, "-m", "flowbench.cli", *map(str, arguments)],
+            [sys.executable, "-m", "flowbench", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

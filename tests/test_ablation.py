@@ -15,13 +15,13 @@ import torch
 from small import SMALL
 from test_leaderboard import record as make_record
 
-from flowbench.ablation import Curve, Variant, all_jobs, plan, rows, to_csv, to_markdown
 from flowbench.errors import RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics import mean_ci95
+from flowbench.experiments.ablation import Curve, Variant, all_jobs, plan, rows, to_csv, to_markdown
+from flowbench.experiments.run import Listener
+from flowbench.experiments.study import Job, Outcome, StudyListener, run_jobs
 from flowbench.record import Score, find_records
 from flowbench.registry import algorithms, load_plugin_file
-from flowbench.run import Listener
-from flowbench.study import Job, Outcome, StudyListener, run_jobs
 
 Main = Callable[..., int]
 Settings = Callable[..., list[str]]
@@ -33,7 +33,7 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
-from flowbench.flow import velocity_error
+from flowbench.models.flow import velocity_error
 
 
 @register_algorithm("studied", paper="none", needs={"endpoint"})
@@ -71,8 +71,8 @@ def plugin(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs' own pictures take longer than the runs."""
-    monkeypatch.setattr("flowbench.run.draw", lambda *_: None)
-    monkeypatch.setattr("flowbench.analytic.study.ExactStudy.draw", lambda *_: None)
+    monkeypatch.setattr("flowbench.experiments.run.draw", lambda *_: None)
+    monkeypatch.setattr("flowbench.experiments.run.draw_study", lambda *_: None)
 
 
 def run(output: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowbench.checkpoints import convert, find_file, fingerprint, load_strictly, read_json, read_tensors
 from flowbench.errors import RunError
+from flowbench.scoring.checkpoints import convert, find_file, fingerprint, load_strictly, read_json, read_tensors
 
 
 def linear(seed: int = 0) -> torch.nn.Linear:

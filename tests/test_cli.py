@@ -21,8 +21,8 @@ ALGORITHM = '''
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
-from flowbench.flow import velocity_error
-from flowbench.policy import Policy
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
 
 
 @register_algorithm("best-half", paper="none", needs={"endpoint"})
@@ -63,7 +63,7 @@ def run_process(*arguments: str | Path, **environment: str) -> tuple[subprocess.
     """The command line in a process of its own, and the seconds that it took."""
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "flowbench.cli", *map(str, arguments)],
+        [sys.executable, "-m", "flowbench", *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
@@ -188,7 +188,7 @@ def test_an_unforeseen_error_is_one_line_and_debug_shows_its_traceback(
     errors = capsys.readouterr().err
     assert errors == "flowbench: ZeroDivisionError: first line (run with --debug for the traceback)\n"
     monkeypatch.setattr(sys, "argv", ["flowbench", "--debug", "run", "acflow", "--plugin", str(tmp_path)])
-    from flowbench import cli
+    from flowbench.cli import main as cli
 
     with pytest.raises(ZeroDivisionError):
         cli.main()

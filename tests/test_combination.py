@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench.combination import Moments, Term, WeightedSum, combined_info, parse_reward, path_name, spell, term_names
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, UsageError
-from flowbench.presets import load_preset
+from flowbench.experiments.run import build_reward, execute, run_folder
+from flowbench.models.presets import load_preset
 from flowbench.reward import Reward, check_signal, checked_score, register_reward
-from flowbench.run import build_reward, execute, run_folder
-from flowbench.trainer import CHECKPOINT, RunInterruptedError, Trainer
+from flowbench.scoring.combination import Moments, WeightedSum
+from flowbench.terms import Term, combined_info, parse_reward, path_name, spell, term_names
+from flowbench.training.trainer import CHECKPOINT, RunInterruptedError, Trainer
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]
@@ -70,7 +71,7 @@ def test_a_sum_has_one_spelling_that_reads_back(text: str, spelling: str):
     ],
 )
 def test_a_colon_before_a_port_is_no_weight(text: str, name: str, weight: float):
-    from flowbench.combination import _term
+    from flowbench.scoring.combination import _term
 
     assert _term(text, text) == Term(name, weight)
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from flowbench.config import RunConfig, load_run_config, parse_assignments, read_config_file, resolve_config
 from flowbench.errors import UsageError
-from flowbench.presets import AnalyticPreset, load_preset, preset_names
+from flowbench.models.presets import AnalyticPreset, load_preset, preset_names
 from flowbench.registry import algorithms
 
 MakeConfig = Callable[..., RunConfig]

@@ -14,9 +14,9 @@ from flowbench.conformance import Finding, Status, algorithm_claims, check, rewa
 from flowbench.conformance.bench import AlgorithmBench, difference
 from flowbench.conformance.reward_claims import RewardBench
 from flowbench.errors import RunError, UsageError
-from flowbench.flow import velocity_error
-from flowbench.policy import Policy
-from flowbench.presets import load_preset
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy
+from flowbench.models.presets import load_preset
 from flowbench.registry import algorithms, load_plugin_file, rewards
 from flowbench.reward import Reward, register_reward
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from flowbench import display
+from flowbench.cli.display import runs as display
 from flowbench.record import Score
-from flowbench.testbed.world import CATEGORIES
+from flowbench.testbeds.shapes.world import CATEGORIES
 
 METRICS = ("clip", "oracle_exact", "oracle_soft", "w2", "diversity", "jpeg")
 

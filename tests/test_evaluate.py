@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from flowbench.errors import RunError, UsageError
-from flowbench.policy import Policy, Tuning
-from flowbench.presets import load_preset
-from flowbench.reevaluate import Evaluation
-from flowbench.reevaluate import evaluate as evaluate_path
-from flowbench.testbed.world import parse, render, sample_scenes
+from flowbench.experiments.reevaluate import Evaluation
+from flowbench.experiments.reevaluate import evaluate as evaluate_path
+from flowbench.models.policy import Policy, Tuning
+from flowbench.models.presets import load_preset
+from flowbench.testbeds.shapes.world import parse, render, sample_scenes
 
 PROTOCOL = {"evaluation.prompts": 3, "evaluation.images_per_prompt": 2, "evaluation.splits": ["test"]}
 

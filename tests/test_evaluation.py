@@ -18,7 +18,7 @@ from flowbench.evaluation.protocol import (
     within_prompt_diversity,
 )
 from flowbench.evaluation.statistics import mean_ci95
-from flowbench.policy import Policy
+from flowbench.models.policy import Policy
 from flowbench.prompts import FOLDER, Prompt, PromptSplit, load_split, prompt_sets, splits, spread
 from flowbench.reward import Reward
 

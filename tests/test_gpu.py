@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from flowbench.config import RunConfig
+from flowbench.experiments.run import Listener, execute
 from flowbench.record import Record
-from flowbench.run import Listener, execute
-from flowbench.trainer import IterationLog
+from flowbench.training.trainer import IterationLog
 
 pytestmark = [
     pytest.mark.gpu,

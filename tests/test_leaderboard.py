@@ -12,8 +12,8 @@ import pytest
 
 from flowbench.errors import UsageError
 from flowbench.evaluation.statistics import mean_ci95
-from flowbench.leaderboard import cells, columns, rows, to_csv, to_markdown
 from flowbench.record import Record, Score, Spent, find_records, load_record
+from flowbench.reporting.leaderboard import cells, columns, rows, to_csv, to_markdown
 
 
 def record(algorithm: str = "acflow", seed: int = 0, gain: float = 0.1, **changed: Any) -> Record:

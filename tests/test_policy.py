@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from flowbench.errors import RunError, UsageError
-from flowbench.flow import SAMPLERS
-from flowbench.policy import Policy, Tuning, load_pipeline
-from flowbench.presets import ModelPreset
-from flowbench.state import load_state, save_state
+from flowbench.models.flow import SAMPLERS
+from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.presets import ModelPreset
+from flowbench.training.state import load_state, save_state
 
 LORA = Tuning("lora", lora_rank=4, lora_alpha=8.0)
 FULL = Tuning("full")

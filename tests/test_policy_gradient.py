@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowbench.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
 from flowbench.rollout import Conditioning, Rollout
+from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0, 0.0])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowbench.preprocess import (
+from flowbench.scoring.preprocess import (
     Preprocessing,
     crop_shortest_side,
     crop_shortest_side_floor,

@@ -7,9 +7,9 @@ import pytest
 
 from flowbench.config import EvaluationConfig
 from flowbench.errors import UsageError
-from flowbench.presets import load_preset, preset_names
+from flowbench.models.presets import load_preset, preset_names
 from flowbench.prompts import FOLDER, load_split, objects, prompt_sets, splits, spread
-from flowbench.testbed import splits as shapes
+from flowbench.testbeds.shapes import splits as shapes
 
 SPLITS = ("train", "test", "compositional")
 

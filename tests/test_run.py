@@ -12,11 +12,12 @@ import yaml
 
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
-from flowbench.presets import load_preset
+from flowbench.experiments.reevaluate import evaluate
+from flowbench.experiments.run import Listener, execute, load_tuned, run_folder
+from flowbench.models.devices import pick_device
+from flowbench.models.presets import load_preset
 from flowbench.record import Record, load_record
-from flowbench.reevaluate import evaluate
-from flowbench.run import Listener, execute, load_tuned, pick_device, run_folder
-from flowbench.state import load_state
+from flowbench.training.state import load_state
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -197,7 +198,7 @@ def test_a_run_that_was_interrupted_while_evaluating_only_evaluates_when_resumed
 
 
 def test_a_lora_run_leaves_weights_that_diffusers_loads(tmp_path: Path, tiny_config: MakeConfig, preset: Any):
-    from flowbench.policy import load_pipeline
+    from flowbench.models.policy import load_pipeline
 
     overrides = {"training.tuning": "lora", "training.lora_rank": 4, "training.images": 16}
     config = tiny_config("orw-cfm-w2", overrides=overrides)

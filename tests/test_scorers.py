@@ -12,13 +12,13 @@ import yaml
 
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.judges import build_judges, build_reward
 from flowbench.evaluation.protocol import protocol_hash
-from flowbench.presets import load_preset
+from flowbench.experiments.run import execute
+from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.record import load_record
 from flowbench.reward import Reward, register_reward
-from flowbench.run import execute
-from flowbench.scorers import build_judges, build_reward
 
 CPU = torch.device("cpu")
 CLIP = {"model": "embedded:mini-clip"}

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from flowbench.errors import RunError
-from flowbench.flow import velocity_error
-from flowbench.policy import Policy, Tuning, load_pipeline
-from flowbench.presets import load_preset
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.rewards.clip import Clip
 
@@ -335,7 +335,17 @@ def test_float32_lora_weights_train_beside_a_half_precision_base(preset_file: Pa
 
 def test_missing_weights_are_one_line_with_the_remedy_and_exit_code_1(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "FLOWBENCH_WEIGHTS": str(tmp_path)}
-    command = [sys.executable, "-m", "flowbench.cli", "run", "orw-cfm-w2", "--reward", "jpeg", "--model", "sd3-medium"]
+    command = [
+        sys.executable,
+        "-m",
+        "flowbench",
+        "run",
+        "orw-cfm-w2",
+        "--reward",
+        "jpeg",
+        "--model",
+        "sd3-medium",
+    ]
     done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowbench.rollout import Conditioning, Rollout
-from flowbench.shaping import Kind, RewardShaping
+from flowbench.toolkit.shaping import Kind, RewardShaping
 
 
 def rollout(reward: torch.Tensor, group: torch.Tensor) -> Rollout:

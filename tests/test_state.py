@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowbench.state import load_state, save_state
+from flowbench.training.state import load_state, save_state
 
 
 def test_a_tree_comes_back_bit_for_bit(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_previous_state(tmp_path: Path, monkeypatch: py
         Path(name).write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flowbench.state.save_file", full_disk)
+    monkeypatch.setattr("flowbench.training.state.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_state(path, {"value": torch.zeros(2)})
     assert load_state(path)["value"].tolist() == [1, 1]

@@ -15,12 +15,12 @@ from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 from flowbench.config import RunConfig, TrainingConfig
 from flowbench.errors import RunError
-from flowbench.policy import Policy
+from flowbench.models.policy import Policy
 from flowbench.registry import algorithms
 from flowbench.reward import Reward, checked_score, register_reward
 from flowbench.rollout import Conditioning
-from flowbench.state import load_state
-from flowbench.trainer import CHECKPOINT, RunInterruptedError, Trainer, _shuffled, stochastic_steps
+from flowbench.training.state import load_state
+from flowbench.training.trainer import CHECKPOINT, RunInterruptedError, Trainer, _shuffled, stochastic_steps
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..errors import UsageError, did_you_mean
-from ..registry import algorithms, rewards
-from .verdict import Claim, Finding, Status, Verdict
+from flowbench.conformance.verdict import Claim, Finding, Status, Verdict
+from flowbench.errors import UsageError, did_you_mean
+from flowbench.registry import algorithms, rewards
 
 
 def check(names: Iterable[str], model: str | None = None) -> Iterator[Finding]:
@@ -24,8 +24,8 @@ def check(names: Iterable[str], model: str | None = None) -> Iterator[Finding]:
 
 
 def _check(names: list[str], model: str | None) -> Iterator[Finding]:
-    from .algorithm_claims import check_algorithm
-    from .reward_claims import check_reward
+    from flowbench.conformance.algorithm_claims import check_algorithm
+    from flowbench.conformance.reward_claims import check_reward
 
     for name in names:
         if name in algorithms.names():

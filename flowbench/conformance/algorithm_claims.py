@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from .. import __file__ as package
-from ..config import resolve_config
-from ..errors import UsageError
-from .bench import PATIENCE, AlgorithmBench, difference, finished, state
-from .learning import t_interval
-from .verdict import Claim, Finding, Verdict, examine, failed, passed, skipped
-from .watch import LossCall, Part
+from flowbench import __file__ as package
+from flowbench.config import resolve_config
+from flowbench.conformance.bench import PATIENCE, AlgorithmBench, difference, finished, state
+from flowbench.conformance.learning import t_interval
+from flowbench.conformance.verdict import Claim, Finding, Verdict, examine, failed, passed, skipped
+from flowbench.conformance.watch import LossCall, Part
+from flowbench.errors import UsageError
 
 DOCS = Path(package).parent.parent / "docs"
 STANDARD_ERRORS = 4.0  # that a sampled reward may lie beyond the frontier

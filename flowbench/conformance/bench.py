@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..algorithm import Algorithm
-from ..config import RunConfig, resolve_config
-from ..errors import RunInterruptedError
-from ..policy import Policy
-from ..presets import AnalyticPreset, load_preset
-from ..prompts import load_split
-from ..registry import algorithms
-from ..reward import Reward
-from ..run import build_algorithm, build_policy
-from ..scorers import build_reward
-from ..trainer import METRICS, IterationLog, Trainer
-from .learning import SEEDS, Learned, measure
-from .verdict import one_line
-from .watch import Observation, Watcher
+from flowbench.algorithm import Algorithm
+from flowbench.config import RunConfig, resolve_config
+from flowbench.conformance.learning import SEEDS, Learned, measure
+from flowbench.conformance.verdict import one_line
+from flowbench.conformance.watch import Observation, Watcher
+from flowbench.errors import RunInterruptedError
+from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.run import build_algorithm, build_policy
+from flowbench.models.policy import Policy
+from flowbench.models.presets import AnalyticPreset, load_preset
+from flowbench.prompts import load_split
+from flowbench.registry import algorithms
+from flowbench.reward import Reward
+from flowbench.training.trainer import METRICS, IterationLog, Trainer
 
 CPU = torch.device("cpu")
 SHORT = {

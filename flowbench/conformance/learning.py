@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from scipy import stats
 
-from ..analytic.exact import exact_evaluation, quadratic_form
-from ..analytic.policy import AnalyticPolicy
-from ..policy import Policy
-from ..reward import Reward
-from ..seeding import generator_for
-from ..trainer import Trainer
+from flowbench.evaluation.exact import exact_evaluation, quadratic_form
+from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.policy import Policy
+from flowbench.reward import Reward
+from flowbench.seeding import generator_for
+from flowbench.training.trainer import Trainer
 
 SEEDS = 3
 SAMPLES = 20_000

@@ -8,15 +8,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..errors import RunError, UsageError
-from ..evaluation.statistics import mean_ci95
-from ..presets import load_preset
-from ..prompts import load_split, spread
-from ..registry import rewards
-from ..reward import Reward
-from ..scorers import build_reward
-from ..seeding import generator_for
-from .verdict import Claim, Finding, Verdict, examine, failed, one_line, passed, skipped
+from flowbench.conformance.verdict import Claim, Finding, Verdict, examine, failed, one_line, passed, skipped
+from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.judges import build_reward
+from flowbench.evaluation.statistics import mean_ci95
+from flowbench.models.presets import load_preset
+from flowbench.prompts import load_split, spread
+from flowbench.registry import rewards
+from flowbench.reward import Reward
+from flowbench.seeding import generator_for
 
 MODELS = {"images": "mini-sd3", "points": "gaussian"}  # whose presets configure rewards, by what they score
 PAIRS = 32
@@ -68,7 +68,7 @@ class RewardBench:
         """What is right for each prompt in turn: images (PAIRS, 3, H, W), or points (PAIRS, 2, 1, 1)."""
         if self.info.domain == "points":
             return torch.randn(PAIRS, 2, 1, 1, generator=generator_for("check", "points"))
-        from ..testbed.world import parse, render, sample_scenes
+        from flowbench.testbeds.shapes.world import parse, render, sample_scenes
 
         scenes = sample_scenes([parse(p) for p in self.prompts], np.random.default_rng(0))
         small = torch.from_numpy(render(scenes)).float()

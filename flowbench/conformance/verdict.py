@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-from ..errors import RunError, RunInterruptedError, UsageError
+from flowbench.errors import RunError, RunInterruptedError, UsageError
 
 Subject = TypeVar("Subject")
 

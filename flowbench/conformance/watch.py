@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..algorithm import Algorithm
-from ..policy import EXTRA_VIEWS, Policy
-from ..rollout import Batch, Loss, Rollout
+from flowbench.algorithm import Algorithm
+from flowbench.models.policy import EXTRA_VIEWS, Policy
+from flowbench.rollout import Batch, Loss, Rollout
 
 PROBES = 8  # rows on which weight views are compared
 

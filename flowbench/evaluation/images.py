@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import RunError, UsageError
-from .protocol import Judges, score_images
-from .statistics import mean_ci95
+from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.protocol import Judges, score_images
+from flowbench.evaluation.statistics import mean_ci95
 
 TABLES = ("prompts.tsv", "prompts.jsonl")
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import EvaluationConfig, hashable
-from ..errors import RunError
-from ..flow import interpolate, velocity_error
-from ..policy import Policy
-from ..prompts import Prompt, PromptSplit, spread
-from ..reward import Reward, checked_score
-from ..rollout import Conditioning
-from ..seeding import generator_for
-from ..testbed.truth import truth
+from flowbench.config import EvaluationConfig, hashable
+from flowbench.errors import RunError
+from flowbench.models.flow import interpolate, velocity_error
+from flowbench.models.policy import Policy
+from flowbench.prompts import Prompt, PromptSplit, spread
+from flowbench.reward import Reward, checked_score
+from flowbench.rollout import Conditioning
+from flowbench.seeding import generator_for
+from flowbench.testbeds.shapes.truth import truth
 
 W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID_PROMPTS, GRID_IMAGES = 12, 4

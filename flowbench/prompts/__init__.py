@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean
 
 FOLDER = Path(__file__).parent
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench.flow import Step, gaussian_log_prob
-from flowbench.policy import Renoised
+from flowbench.models.flow import Step, gaussian_log_prob
+from flowbench.models.policy import Renoised
 from flowbench.rollout import Batch, Conditioning, Rollout
 
 

@@ -13,11 +13,11 @@ import torch
 
 from flowbench.algorithms.acflow import WEIGHTS, AcFlow
 from flowbench.config import RunConfig
-from flowbench.critic import StateCritic, explained_variance
-from flowbench.flow import interpolate
-from flowbench.policy import Policy
+from flowbench.models.flow import interpolate
+from flowbench.models.policy import Policy
 from flowbench.rollout import Conditioning, Rollout
-from flowbench.trainer import Trainer
+from flowbench.toolkit.critic import StateCritic, explained_variance
+from flowbench.training.trainer import Trainer
 
 PLAIN = {
     "algorithm.critic": "none",
@@ -194,7 +194,7 @@ class ConstantVelocity:
         self.u = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).view(4, 1, 1, 1)
 
     def renoise(self, x0: torch.Tensor, share: torch.Tensor | None = None) -> Any:
-        from flowbench.policy import Renoised
+        from flowbench.models.policy import Renoised
 
         return Renoised(x0, torch.full((4,), 0.5, dtype=torch.float64), self.u)
 

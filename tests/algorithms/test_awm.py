@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowbench.algorithms.awm import Awm
-from flowbench.flow import velocity_error
+from flowbench.models.flow import velocity_error
 
 D = 3
 BARE = {"beta": 0.0, "beta_average": 0.0}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flowbench.algorithms.ddpo import Ddpo
-from flowbench.flow import SAMPLERS, Step, flow_sde_step, gaussian_log_prob
-from flowbench.policy import Policy
+from flowbench.models.flow import SAMPLERS, Step, flow_sde_step, gaussian_log_prob
+from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Conditioning, Rollout
 
 WIDE = {"clip_range": 0.5}

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from flowbench.algorithms.draft import Draft
 from flowbench.config import resolve_config
 from flowbench.errors import UsageError
-from flowbench.flow import SAMPLERS, Step, ode_step
-from flowbench.policy import Policy
+from flowbench.models.flow import SAMPLERS, Step, ode_step
+from flowbench.models.policy import Policy
 
 STEPS = 4
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowbench.algorithms.flow_grpo import FlowGrpo
-from flowbench.flow import Step, flow_sde_step, gaussian_log_prob
+from flowbench.models.flow import Step, flow_sde_step, gaussian_log_prob
 from flowbench.rollout import Rollout, transitions
 
 ETA = 0.7

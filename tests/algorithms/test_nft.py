@@ -7,7 +7,7 @@ import torch
 
 from flowbench.algorithms.adrpo import Adrpo
 from flowbench.algorithms.nft import Nft
-from flowbench.policy import Renoised
+from flowbench.models.policy import Renoised
 
 D = 3
 PLAIN = {"adaptive": False, "kl": 0.0}

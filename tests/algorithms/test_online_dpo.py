@@ -8,8 +8,8 @@ import torch
 
 from flowbench.algorithms.online_dpo import OnlineDpo
 from flowbench.errors import RunError
-from flowbench.flow import velocity_error
-from flowbench.policy import Renoised
+from flowbench.models.flow import velocity_error
+from flowbench.models.policy import Renoised
 from flowbench.rollout import Batch
 
 D = 3

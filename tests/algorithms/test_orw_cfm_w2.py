@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
-from flowbench.policy import Renoised
+from flowbench.models.policy import Renoised
 from flowbench.rollout import Batch, Conditioning
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from flowbench.algorithms.refl import Refl
-from flowbench.policy import Policy
-from flowbench.presets import ModelPreset
+from flowbench.experiments.run import build_reward
+from flowbench.models.policy import Policy
+from flowbench.models.presets import ModelPreset
 from flowbench.reward import checked_score
 from flowbench.rollout import Batch, Conditioning, Rollout
-from flowbench.run import build_reward
 
 
 def batch_of(x: torch.Tensor, sigma: torch.Tensor, prompts: tuple[str, ...], cond: Conditioning) -> Batch:

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench.analytic.density import QuadraticForm
-from flowbench.analytic.exact import quadratic_form
-from flowbench.analytic.model import load_analytic_pipeline
-from flowbench.analytic.policy import AnalyticPolicy
 from flowbench.config import resolve_config
-from flowbench.presets import AnalyticPreset, load_preset
+from flowbench.evaluation.exact import quadratic_form
+from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.run import build_algorithm, build_policy
+from flowbench.models.families.plane_field import load_analytic_pipeline
+from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.presets import AnalyticPreset, load_preset
 from flowbench.prompts import load_split
 from flowbench.reward import Reward
-from flowbench.run import build_algorithm, build_policy
-from flowbench.scorers import build_reward
-from flowbench.trainer import Trainer
+from flowbench.testbeds.plane.density import QuadraticForm
+from flowbench.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from flowbench.analytic.density import Density, Gaussian, GaussianMixture, QuadraticForm, frontier, make_density
 from flowbench.errors import UsageError
+from flowbench.testbeds.plane.density import Density, Gaussian, GaussianMixture, QuadraticForm, frontier, make_density
 
 SPACING = 0.1
 AXIS = torch.arange(-8, 8, SPACING, dtype=torch.float64)

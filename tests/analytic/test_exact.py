@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench.analytic.density import Gaussian, GaussianMixture, Point, QuadraticForm, frontier
-from flowbench.analytic.exact import (
+from flowbench.errors import RunError
+from flowbench.evaluation.exact import (
     SPACING,
     GaussianEvaluation,
     GridEvaluation,
@@ -22,12 +22,13 @@ from flowbench.analytic.exact import (
     quadratic_form,
     sampled_gaussian,
 )
-from flowbench.analytic.model import VelocityField
-from flowbench.analytic.policy import AnalyticPolicy
-from flowbench.combination import WeightedSum, parse_reward
-from flowbench.errors import RunError
+from flowbench.models.families.plane_field import VelocityField
+from flowbench.models.families.plane_policy import AnalyticPolicy
 from flowbench.reward import Reward
 from flowbench.rewards.jpeg import Jpeg
+from flowbench.scoring.combination import WeightedSum
+from flowbench.terms import parse_reward
+from flowbench.testbeds.plane.density import Gaussian, GaussianMixture, Point, QuadraticForm, frontier
 
 MakePolicy = Callable[..., AnalyticPolicy]
 Form = Callable[..., QuadraticForm]

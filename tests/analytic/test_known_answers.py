@@ -15,15 +15,15 @@ import torch
 from flowbench.algorithms.ddpo import Ddpo
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 from flowbench.algorithms.refl import Refl
-from flowbench.analytic.density import Gaussian, QuadraticForm
-from flowbench.analytic.exact import sampled_gaussian
-from flowbench.analytic.policy import AnalyticPolicy
-from flowbench.critic import explained_variance
-from flowbench.flow import SAMPLERS, predict_x0
-from flowbench.policy import Renoised
+from flowbench.evaluation.exact import sampled_gaussian
+from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.flow import SAMPLERS, predict_x0
+from flowbench.models.policy import Renoised
 from flowbench.reward import Reward
 from flowbench.rollout import Batch, Rollout
-from flowbench.trainer import Trainer
+from flowbench.testbeds.plane.density import Gaussian, QuadraticForm
+from flowbench.toolkit.critic import explained_variance
+from flowbench.training.trainer import Trainer
 
 MakePolicy = Callable[..., AnalyticPolicy]
 Form = Callable[..., QuadraticForm]

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from scipy.special import eval_legendre
 
-from flowbench.analytic.model import DEGREE, AffineCorrection, NetworkCorrection
-from flowbench.analytic.policy import AnalyticPolicy
 from flowbench.errors import UsageError
-from flowbench.policy import Tuning
+from flowbench.models.families.plane_field import DEGREE, AffineCorrection, NetworkCorrection
+from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.policy import Tuning
 
 MakePolicy = Callable[..., AnalyticPolicy]
 models = pytest.mark.parametrize("model", ["gaussian", "mixture"])

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench.analytic.exact import exact_evaluation, quadratic_form
-from flowbench.analytic.policy import AnalyticPolicy
 from flowbench.config import resolve_config
+from flowbench.evaluation.exact import exact_evaluation, quadratic_form
+from flowbench.experiments.run import execute, load_tuned
+from flowbench.models.families.plane_policy import AnalyticPolicy
 from flowbench.registry import algorithms
 from flowbench.reward import Reward
-from flowbench.run import execute, load_tuned
-from flowbench.trainer import Trainer
+from flowbench.training.trainer import Trainer
 
 Main = Callable[..., int]
 SMALL = ["--set", "training.images=1024", "--set", "evaluation.prompts=4", "--device", "cpu"]
@@ -89,7 +89,7 @@ def test_a_reward_of_the_wrong_kind_is_refused_in_one_line(
     arguments: list[str],
     complaint: str,
 ):
-    monkeypatch.setattr("flowbench.run.prepare_folder", lambda *_: pytest.fail("something was begun"))
+    monkeypatch.setattr("flowbench.experiments.run.prepare_folder", lambda *_: pytest.fail("something was begun"))
     assert flowbench_main("run", "acflow", *arguments, "--output", tmp_path) == 2
     error = capsys.readouterr().err
     assert complaint in error

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from tiny import SIDE, loaded, scramble
 
-from flowbench.blip import BlipReward, official_tensors
-from flowbench.heads import Layers
 from flowbench.reward import Reward
 from flowbench.rewards.aesthetic import Aesthetic
 from flowbench.rewards.hpsv2 import HpsV2
 from flowbench.rewards.imagereward import ImageReward
 from flowbench.rewards.pickscore import PickScore
 from flowbench.rewards.vqa import Vqa
-from flowbench.testbed.weights import weights_folder
+from flowbench.scoring.towers.blip import BlipReward, official_tensors
+from flowbench.scoring.towers.heads import Layers
+from flowbench.testbeds.shapes.weights import weights_folder
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 16,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowbench import parity
-from flowbench.parity import Finding
+from flowbench.services import parity
+from flowbench.services.parity import Finding
 
 
 def test_convert_writes_safetensors_beside_the_checkpoint(

@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CPU, SIDE, loaded, pil, scramble, smooth_images
 
-from flowbench.blip import BlipReward, official_tensors
 from flowbench.errors import RunError, UsageError
-from flowbench.heads import Layers
 from flowbench.reward import checked_score
 from flowbench.rewards.aesthetic import Aesthetic
 from flowbench.rewards.clip import Clip
@@ -22,6 +20,8 @@ from flowbench.rewards.hpsv2 import HpsV2
 from flowbench.rewards.imagereward import ImageReward
 from flowbench.rewards.pickscore import PickScore
 from flowbench.rewards.vqa import Vqa
+from flowbench.scoring.towers.blip import BlipReward, official_tensors
+from flowbench.scoring.towers.heads import Layers
 
 PROMPTS = ("a red circle", "a photo of a cat", "on the left")
 

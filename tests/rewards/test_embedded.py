@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from flowbench.builders.clip import contrastive_batch
+from flowbench.builders.data import draw_images
 from flowbench.config import resolve_config
-from flowbench.presets import load_preset
-from flowbench.scorers import build_judges, build_reward
-from flowbench.testbed.build.clip import contrastive_batch
-from flowbench.testbed.build.data import draw_images
-from flowbench.testbed.weights import embedded_models, weights_folder
+from flowbench.evaluation.judges import build_judges, build_reward
+from flowbench.models.presets import load_preset
+from flowbench.testbeds.shapes.weights import embedded_models, weights_folder
 
 CPU = torch.device("cpu")
 PRESET = load_preset("mini-sd3")

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench import parity
 from flowbench.errors import RunError, UsageError
-from flowbench.parity import CASES, Finding, compare, given_weights, to_markdown, verdict
-from flowbench.preprocess import Preprocessing, TensorPreprocessing, pad_longest_side
 from flowbench.registry import rewards
 from flowbench.reward import Reward
-from flowbench.workers.environment import Environment, State
-from flowbench.workers.reward import make_reward as make_native_reward
+from flowbench.scoring.preprocess import Preprocessing, TensorPreprocessing, pad_longest_side
+from flowbench.scoring.workers.environment import Environment, State
+from flowbench.scoring.workers.reward import make_reward as make_native_reward
+from flowbench.services import parity
+from flowbench.services.parity import CASES, Finding, compare, given_weights, to_markdown, verdict
 
 installed = pytest.mark.skipif(
     Environment(rewards.get("hpsv2-package").info.requirements).state is not State.READY,

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 
 from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.judges import build_reward
 from flowbench.record import load_record
 from flowbench.registry import RewardInfo
-from flowbench.remote import MAX_SIDE, FormatError, pack, read_scores, unpack
 from flowbench.reward import Reward, checked_score
 from flowbench.rewards.jpeg import Jpeg
 from flowbench.rewards.remote import Remote
-from flowbench.scorers import build_reward
-from flowbench.serving import Limits, RewardServer
+from flowbench.scoring.remote import MAX_SIDE, FormatError, pack, read_scores, unpack
+from flowbench.services.serving import Limits, RewardServer
 
 CPU = torch.device("cpu")
 TOKEN = "a secret"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from flowbench.testbed.build.clip import info_nce
-from flowbench.testbed.build.fit import FitPlan, fit, learning_rate
-from flowbench.testbed.build.measure import exclusive_captions
-from flowbench.testbed.build.transformer import (
+from flowbench.builders.clip import info_nce
+from flowbench.builders.fit import FitPlan, fit, learning_rate
+from flowbench.builders.measure import exclusive_captions
+from flowbench.builders.transformer import (
     CAPTION_DROPOUT,
     Data,
     LatentPool,
@@ -21,9 +21,9 @@ from flowbench.testbed.build.transformer import (
     new_transformer,
     velocity,
 )
-from flowbench.testbed.build.vae import draw_crosses
-from flowbench.testbed.oracle import judge_images
-from flowbench.testbed.world import is_compositional
+from flowbench.builders.vae import draw_crosses
+from flowbench.testbeds.shapes.oracle import judge_images
+from flowbench.testbeds.shapes.world import is_compositional
 
 PLAN = FitPlan("line", steps=40, lr=0.05, warmup=5, ema=0.9, checkpoint_every=10)
 

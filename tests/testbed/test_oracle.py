@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from flowbench.testbed.oracle import judge, judge_images, see
-from flowbench.testbed.world import all_captions, mutate, parse, render, sample_scenes
+from flowbench.testbeds.shapes.oracle import judge, judge_images, see
+from flowbench.testbeds.shapes.world import all_captions, mutate, parse, render, sample_scenes
 
 SCENES = 5000
 

@@ -12,13 +12,11 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from flowbench.policy import Policy
-from flowbench.reward import checked_score
-from flowbench.testbed.build import rewards as build
-from flowbench.testbed.build.data import draw_captions
-from flowbench.testbed.build.fit import step_generator
-from flowbench.testbed.build.hf_clip import clip_model, copy_clip
-from flowbench.testbed.build.preferences import (
+from flowbench.builders import rewards as build
+from flowbench.builders.data import draw_captions
+from flowbench.builders.fit import step_generator
+from flowbench.builders.hf_clip import clip_model, copy_clip
+from flowbench.builders.preferences import (
     PER_PROMPT,
     TRAITS,
     Annotators,
@@ -28,8 +26,10 @@ from flowbench.testbed.build.preferences import (
     make_pictures,
     population,
 )
-from flowbench.testbed.build.reward_card import load_rewards, measure, score_pictures, write_reward_cards
-from flowbench.testbed.weights import weights_folder
+from flowbench.builders.reward_card import load_rewards, measure, score_pictures, write_reward_cards
+from flowbench.models.policy import Policy
+from flowbench.reward import checked_score
+from flowbench.testbeds.shapes.weights import weights_folder
 
 CPU = torch.device("cpu")
 
@@ -102,8 +102,8 @@ def test_populations_differ_in_taste_alone_and_one_sees_no_caption(pictures: Pic
 
 def test_clips_weights_in_transformers_classes_embed_the_same(materials: build.Materials, monkeypatch: Any):
     """With all layers kept, the whole network is the same function, normalisation of the pixels included."""
-    monkeypatch.setattr("flowbench.testbed.build.hf_clip.VISION_LAYERS", (0, 1, 2, 3))
-    monkeypatch.setattr("flowbench.testbed.build.hf_clip.TEXT_LAYERS", (0, 1, 2))
+    monkeypatch.setattr("flowbench.builders.hf_clip.VISION_LAYERS", (0, 1, 2, 3))
+    monkeypatch.setattr("flowbench.builders.hf_clip.TEXT_LAYERS", (0, 1, 2))
     model = clip_model(materials.tokenizer).eval()
     copy_clip(materials.clip, model)
     images, captions = materials.pictures.images[0].float() / 255, ["a red circle"] * PER_PROMPT

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowbench.builders.data import draw_captions, training_captions
 from flowbench.prompts import FOLDER, load_split
-from flowbench.testbed.build.data import draw_captions, training_captions
-from flowbench.testbed.splits import write_splits
-from flowbench.testbed.world import (
+from flowbench.testbeds.shapes.splits import write_splits
+from flowbench.testbeds.shapes.world import (
     CATEGORIES,
     COLORS,
     IMAGE_SIZE,

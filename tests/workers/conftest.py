@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flowbench.registry import Plugin, load_plugin_file, rewards
-from flowbench.workers.environment import Environment
-from flowbench.workers.reward import WorkerReward, make_reward
+from flowbench.scoring.workers.environment import Environment
+from flowbench.scoring.workers.reward import WorkerReward, make_reward
 
 PLUGIN = '''
 """A small differentiable reward that behaves badly when the prompt asks for it."""

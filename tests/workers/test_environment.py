@@ -12,8 +12,8 @@ import torch
 
 from flowbench.errors import RunError, UsageError
 from flowbench.registry import Plugin
-from flowbench.workers.environment import MARKER, Environment, State, _note, home
-from flowbench.workers.management import install, overview, remove, remove_all
+from flowbench.scoring.workers.environment import MARKER, Environment, State, _note, home
+from flowbench.scoring.workers.management import install, overview, remove, remove_all
 
 
 @pytest.fixture

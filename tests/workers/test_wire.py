@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from flowbench.workers.wire import MAGIC, MAX_HEADER, Load, Score, Scored, WireError, receive, send
+from flowbench.scoring.workers.wire import MAGIC, MAX_HEADER, Load, Score, Scored, WireError, receive, send
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ import torch
 
 from flowbench.algorithms.refl import Refl
 from flowbench.errors import RunError, UsageError
-from flowbench.policy import Policy
-from flowbench.presets import ModelPreset
+from flowbench.evaluation.judges import build_reward
+from flowbench.models.policy import Policy
+from flowbench.models.presets import ModelPreset
 from flowbench.record import load_record
 from flowbench.registry import Plugin
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Batch
-from flowbench.scorers import build_reward
-from flowbench.workers.reward import WorkerReward, make_reward
+from flowbench.scoring.workers.reward import WorkerReward, make_reward
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "two crosses", "a small square", "")
@@ -296,7 +296,7 @@ def test_a_worker_that_cannot_start_is_one_line_with_its_last_words(
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no such library >&2\nexit 3\n", encoding="utf-8")
     broken.chmod(0o755)
-    monkeypatch.setattr("flowbench.workers.environment.Environment.python", broken)
+    monkeypatch.setattr("flowbench.scoring.workers.environment.Environment.python", broken)
     complaint = r"'ruled' cannot start \(exit status 3: no such library\); try 'flowbench rewards install ruled'"
     with pytest.raises(RunError, match=complaint):
         build_reward("ruled", preset, CPU)
@@ -306,7 +306,7 @@ PARENT = """
 import sys, torch
 from pathlib import Path
 from flowbench.registry import load_plugin_file
-from flowbench.workers.reward import make_reward
+from flowbench.scoring.workers.reward import make_reward
 load_plugin_file(Path(sys.argv[1]))
 reward = make_reward("ruled", {"mark": sys.argv[2]})
 reward.load(torch.device("cpu"))

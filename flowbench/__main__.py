@@ -1,0 +1,5 @@
+"""`python -m flowbench`."""
+
+from flowbench.cli.main import main
+
+main()

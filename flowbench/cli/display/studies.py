@@ -1,0 +1,112 @@
+"""What the command line prints of studies and of conformance, with rich."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from flowbench.cli.display.runs import LiveProgress, RunProgress, console
+
+if TYPE_CHECKING:
+    from flowbench.conformance import Finding
+    from flowbench.experiments.ablation import Row
+    from flowbench.experiments.run import Listener
+    from flowbench.experiments.study import Job, Outcome, StudyListener
+
+
+class StudyProgress(LiveProgress):
+    """Runs done of a study, and the progress of those at work; on stderr, since the table may go to a file."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(stderr=True))
+
+    def listener(self) -> StudyListener:
+        """The callbacks for `study.run_jobs`."""
+        from flowbench.experiments.study import StudyListener
+
+        return StudyListener(self._start, self._training, self._outcome)
+
+    def _start(self, job: Job, done: int, total: int) -> AbstractContextManager[Listener]:
+        self.show("runs", done, total, job.label)
+        for name in self.tasks.keys() - {"runs"}:
+            self.progress.remove_task(self.tasks.pop(name))
+        inner = RunProgress(job.config)
+        inner.progress, inner.tasks = self.progress, self.tasks
+        return nullcontext(inner.listener())
+
+    def _training(self, job: Job, done: int, total: int) -> None:
+        self.show(job.label, done, total)
+
+    def _outcome(self, outcome: Outcome, done: int, total: int) -> None:
+        self.show("runs", done, total)
+        if outcome.job.label in self.tasks:
+            self.progress.remove_task(self.tasks.pop(outcome.job.label))
+        state = f"[red]failed[/]: {escape(outcome.failure)}" if outcome.failure else "done"
+        self.progress.console.print(f"run {done} of {total}, {escape(outcome.job.label)}: {state}", soft_wrap=True)
+
+
+def _table(title: str, *headings: str) -> Table:
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        view.add_column(heading, overflow="fold")
+    return view
+
+
+def plan(jobs: Sequence[Job]) -> None:
+    """The runs of a study and what it costs."""
+    view = _table("", "run", "state", "images", "command")
+    for job in jobs:
+        state = "done" if job.done else "iteration {} of {}".format(*job.iterations)
+        view.add_row(escape(job.label), state, str(job.config.training.images), escape(job.command))
+    console.print(view)
+    left = [job.config.training.images for job in jobs if not job.done]
+    console.print(f"cost: {sum(left)} training images in {len(left)} runs, and their evaluation")
+
+
+def ablation(table: Sequence[Row]) -> None:
+    """An ablation study in the terminal."""
+    from flowbench.experiments.ablation import cells, failures, headings, legend
+
+    columns = headings(table)
+    view = _table("", *columns)
+    view.columns[0].no_wrap = True
+    wide = console.width >= 20 + 24 * len(columns)
+    for row in table:
+        texts = cells(row, columns)
+        view.add_row(*map(escape, texts if wide else [re.sub(r" \[[^]]*\]", "", text) for text in texts]))
+    console.print(view)
+    if not wide:
+        console.print("intervals: widen the terminal, or --format markdown or csv", highlight=False)
+    console.print(legend(table), highlight=False)
+    for line in failures(table):
+        console.print(f"[red]{escape(line)}[/]", soft_wrap=True)
+
+
+def checklist(findings: Iterable[Finding]) -> bool:
+    """Each plug-in's claims as they are tried; returns whether none failed."""
+    from flowbench.conformance import Status
+
+    colors = {Status.PASS: "green", Status.FAIL: "red", Status.SKIPPED: "yellow"}
+    statuses: list[Status] = []
+    for (kind, plugin), group in groupby(findings, lambda f: (f.kind, f.plugin)):
+        view = _table(f"{kind} {plugin}", "claim", "result", "")
+        view.columns[0].no_wrap = True
+        with Live(view, console=console, vertical_overflow="visible"):
+            for finding in group:
+                status = finding.verdict.status
+                statuses.append(status)
+                view.add_row(finding.claim, f"[{colors[status]}]{status}[/]", escape(finding.verdict.reason))
+        if not console.is_terminal:
+            console.print()
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in Status if status in statuses)
+    console.print(counts or "nothing to check", highlight=False)
+    return Status.FAIL not in statuses

@@ -1,0 +1,297 @@
+"""The command line: parse, call one library function, print."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import gc
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowbench import __version__
+from flowbench.cli import rewards as cli_rewards
+from flowbench.cli import studies as cli_studies
+from flowbench.errors import RunError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Benchmark of reward fine-tuning for flow-matching text-to-image models.",
+)
+testbed = typer.Typer(
+    no_args_is_help=True, help="The embedded world of shapes: build, show, path.", rich_markup_mode=None
+)
+app.add_typer(testbed, name="testbed")
+app.add_typer(cli_rewards.app, name="rewards")
+
+ModelOption = Annotated[str, typer.Option(help="Model preset, or a preset's YAML file.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers algorithms or rewards.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder of run folders.")]
+
+# How an option of `run` may also be given by a configuration file.
+_DEFAULT_MODEL, _DEFAULT_REWARD = "mini-sd3", "clip"
+
+
+@app.command()
+def run(
+    algorithm: Annotated[str, typer.Argument(help="Algorithm; see 'flowbench list algorithms'.")],
+    reward: Annotated[str | None, typer.Option(help=f"Reward to train on; default {_DEFAULT_REWARD}.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {_DEFAULT_MODEL}.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run; default 0.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Budget: images generated for training.")] = None,
+    device: DeviceOption = "auto",
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, for example training.learning_rate=1e-4.")
+    ] = [],  # noqa: B006 - typer wants the default itself
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as a run's config.yaml.")] = None,
+    plugin: PluginOption = [],  # noqa: B006
+    output: OutputOption = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its cost.")] = False,
+) -> None:
+    """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
+    from flowbench.config import parse_assignments, read_config_file, resolve_config
+    from flowbench.registry import load_plugin_file
+
+    for file in plugin:
+        load_plugin_file(file)
+    given = read_config_file(config) if config else {}
+    given.pop("algorithm", None)
+    plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device")}
+    overrides = {**given, **parse_assignments(settings), **({"training.images": images} if images else {})}
+    resolved = resolve_config(
+        algorithm,
+        reward or plain["reward"] or _DEFAULT_REWARD,
+        model or plain["model"] or _DEFAULT_MODEL,
+        overrides=overrides,
+        seed=seed if seed is not None else plain["seed"] or 0,
+        device=device if device != "auto" else plain["device"] or "auto",
+    )
+    from flowbench.cli.display import runs as display
+
+    if dry_run:
+        display.dry_run(resolved)
+        return
+    from flowbench.experiments.run import execute, run_folder
+
+    folder = run_folder(output, resolved)
+    with display.RunProgress(resolved) as progress:
+        record = execute(resolved, folder, _command(), resume, progress.listener())
+    display.scores(record, folder)
+
+
+@app.command()
+def evaluate(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder, LoRA file or folder, diffusers folder, or folder of images with prompts.tsv or .jsonl."
+        ),
+    ],
+    model: Annotated[str | None, typer.Option(help="Model preset that weights or images belong to.")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override evaluation.* settings.")
+    ] = [],  # noqa: B006
+    device: DeviceOption = "auto",
+    plugin: PluginOption = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+) -> None:
+    """Score a run's base and tuned model again with the run's own protocol, or score other weights or images."""
+    from flowbench.cli.display import runs as display
+    from flowbench.config import parse_assignments
+    from flowbench.experiments.reevaluate import evaluate as evaluate_path
+    from flowbench.registry import load_plugin_file
+
+    for file in plugin:
+        load_plugin_file(file)
+    with display.EvaluationProgress() as progress:
+        result = evaluate_path(path, parse_assignments(settings), model, device, progress)
+    display.evaluation(result)
+    if output:
+        result.save(output)
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    images: Annotated[int, typer.Option(min=1, help="Images per model.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    device: DeviceOption = "auto",
+    output: Annotated[Path | None, typer.Option(help="PNG to write; default: in the run's samples folder.")] = None,
+) -> None:
+    """Draw a prompt with the base and the tuned model, side by side, from the same noise."""
+    from flowbench.experiments.sampling import sample_side_by_side
+
+    typer.echo(sample_side_by_side(folder, prompt, images, seed, device, output))
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="algorithms, rewards, models, prompts or runs.")] = "algorithms",
+    plugin: PluginOption = [],  # noqa: B006
+    output: OutputOption = Path("runs"),
+) -> None:
+    """List what there is."""
+    from flowbench.cli.display import runs as display
+    from flowbench.registry import load_plugin_file
+
+    for file in plugin:
+        load_plugin_file(file)
+    display.listing(what, output)
+
+
+@app.command()
+def leaderboard(
+    places: Annotated[list[Path], typer.Argument(help="Folders or records; default: runs.")] = [Path("runs")],  # noqa: B006
+    split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
+    format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Write there instead of to the terminal.")] = None,
+) -> None:
+    """Compare runs: means over seeds with intervals, generated from their records."""
+    from flowbench.cli.display import runs as display
+    from flowbench.record import find_records, write_atomically
+    from flowbench.reporting.leaderboard import rows, to_csv, to_markdown
+
+    writers = {"markdown": to_markdown, "csv": to_csv}
+    if format_ not in (*writers, "terminal"):
+        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
+    table = rows(find_records(places), split)
+    if format_ == "terminal":
+        display.leaderboard(table)
+    elif output:
+        write_atomically(output, writers[format_](table))
+    else:
+        typer.echo(writers[format_](table), nl=False)
+
+
+app.command()(cli_studies.ablate)
+app.command()(cli_studies.check)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, which device is there, and which weights can be reached."""
+    from flowbench.cli.display import runs as display
+    from flowbench.cli.doctor import examine
+
+    display.doctor(examine())
+
+
+@testbed.command("build")
+def testbed_build(
+    output: Annotated[Path | None, typer.Option(help="Folder for the weights; default: inside the package.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder of checkpoints; a build continues from them.")] = Path(
+        ".cache/testbed"
+    ),
+    only: Annotated[list[str], typer.Option("--only", help="vae, clip, text, transformer, rewards; default all.")] = [],  # noqa: B006
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train the embedded models from nothing.
+
+    mini-sd3 and mini-clip take about two hours on two slow cores, and the preference models come on top; a GPU takes
+    minutes.
+    """
+    from flowbench.builders.pipeline import build
+    from flowbench.cli.display import runs as display
+
+    with display.BuildProgress() as progress:
+        folder = build(output, work, only, seed, device, progress)
+    typer.echo(folder)
+
+
+@testbed.command("show")
+def testbed_show(
+    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("testbed.png"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draw scenes of the world with their captions, and what the base model makes of the same captions."""
+    from flowbench.experiments.sampling import show_testbed
+
+    typer.echo(show_testbed(output, seed))
+
+
+@testbed.command("path")
+def testbed_path(
+    model: Annotated[str, typer.Argument(help="mini-sd3, mini-clip, mini-hpsv2, mini-imagereward, ...")],
+) -> None:
+    """Print the folder of an embedded model; plain diffusers, open_clip or transformers loads it."""
+    from flowbench.errors import did_you_mean
+    from flowbench.testbeds.shapes.weights import embedded_models, weights_folder
+
+    if model not in embedded_models():
+        raise UsageError(f"unknown testbed model '{model}'{did_you_mean(model, embedded_models())}")
+    typer.echo(weights_folder() / model)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"flowbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+def _command() -> str:
+    """The command as it can be typed again."""
+    return shlex.join(["flowbench", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: one line per error, exit code 2 for wrong usage and 1 for failure; `--debug` shows tracebacks."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # torch and diffusers are a million objects, no garbage: looking for it took two seconds of their import, and three
+    # of the interpreter's end.
+    gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)
+    try:
+        code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except Exception as error:
+        if debug:
+            raise
+        message, status = _explain(error)
+        print(f"flowbench: {message}", file=sys.stderr)
+        sys.exit(status)
+    except KeyboardInterrupt:
+        print("flowbench: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line and the exit code for an error."""
+    if isinstance(error, UsageError):
+        return str(error), 2
+    if isinstance(error, RunError):
+        return str(error), 1
+    if hasattr(error, "format_message"):  # typer's own: unknown command or option, missing argument
+        return " ".join(error.format_message().split()) + " (see --help)", 2
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+        return "the disk is full; free some space and continue with --resume; the last checkpoint is intact", 1
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory; lower training.microbatch or training.decode_batch and continue with --resume", 1
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else ''} (run with --debug for the traceback)", 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`flowbench ablate` and `flowbench check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowbench.errors import UsageError
+
+PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers algorithms or rewards.")]
+
+
+def ablate(
+    algorithm: Annotated[str, typer.Argument(help="Algorithm; see 'flowbench list algorithms'.")],
+    reward: Annotated[str, typer.Option(help="Reward to train on.")] = "clip",
+    model: Annotated[str, typer.Option(help="Model preset, or a preset's YAML file.")] = "mini-sd3",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per variant.")] = 3,
+    images: Annotated[int | None, typer.Option(min=1, help="Budget of each run.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override for every variant.")] = [],  # noqa: B006
+    plugin: PluginOption = [],  # noqa: B006
+    output: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
+    format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
+    table: Annotated[Path | None, typer.Option(help="Write the table there instead of to the terminal.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the curves; default: beside the runs.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their state.")] = False,
+) -> None:
+    """Compare an algorithm's default with its declared ablations over seeds; finished runs are not repeated."""
+    from flowbench.cli.display import studies as display
+    from flowbench.config import parse_assignments, resolve_config
+    from flowbench.registry import load_plugin_file
+
+    if format_ not in ("terminal", "markdown", "csv"):
+        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
+    for file in plugin:
+        load_plugin_file(file)
+    overrides = {**parse_assignments(settings), **({"training.images": images} if images else {})}
+    resolve_config(algorithm, reward, model, overrides=overrides)  # a misspelling is answered before torch is imported
+
+    from flowbench.experiments.ablation import all_jobs, plan, rows, to_csv, to_markdown
+    from flowbench.experiments.study import run_jobs
+    from flowbench.record import write_atomically
+    from flowbench.reporting.plots import ablation_curves
+
+    where = {"reward": reward, "model": model, "device": device, "output": output, "plugins": plugin}
+    variants = plan(algorithm, overrides, seeds, split, **where)
+    if dry_run:
+        display.plan(all_jobs(variants))
+        return
+    with display.StudyProgress() as progress:
+        outcomes = run_jobs(all_jobs(variants), progress.listener(), jobs, plugin)
+    result = rows(variants, outcomes, split)
+    if format_ == "terminal":
+        display.ablation(result)
+    else:
+        text = to_markdown(result) if format_ == "markdown" else to_csv(result)
+        if table:
+            write_atomically(table, text)
+        else:
+            typer.echo(text, nl=False)
+    path = plot or variants[0].jobs[0].folder.parent / "ablation.png"
+    ablation_curves(path, {row.variant: row.curves for row in result}, f"{algorithm} on {reward}")
+    typer.echo(path, err=True)
+
+
+def check(
+    names: Annotated[list[str], typer.Argument(help="Algorithms and rewards; default: those of --plugin.")] = [],  # noqa: B006
+    everything: Annotated[bool, typer.Option("--all", help="All algorithms and rewards.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Model of the runs; default: gaussian, and mini-sd3 for rewards of images.")
+    ] = None,
+    plugin: PluginOption = [],  # noqa: B006
+) -> None:
+    """Try on an algorithm or reward what must hold of every one; exit code 1 if a claim fails."""
+    from flowbench.cli.display import studies as display
+    from flowbench.conformance import check as try_claims
+    from flowbench.registry import algorithms, load_plugin_file, rewards
+
+    before = {*algorithms.loaded, *rewards.loaded}
+    for file in plugin:
+        load_plugin_file(file)
+    added = sorted({*algorithms.loaded, *rewards.loaded} - before)
+    chosen = [*algorithms.names(), *rewards.names()] if everything else names or added
+    if not chosen:
+        raise UsageError("name an algorithm or a reward, or use --all")
+    if not display.checklist(try_claims(chosen, model)):
+        raise typer.Exit(1)

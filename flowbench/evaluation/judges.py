@@ -1,0 +1,110 @@
+"""Which rewards a run is scored by: the one it trains on, and the judges that it does not train on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from flowbench.config import RunConfig
+from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.protocol import Judges
+from flowbench.models.presets import ModelPreset
+from flowbench.registry import rewards
+from flowbench.reward import Reward
+from flowbench.scoring.combination import WeightedSum
+from flowbench.scoring.workers.reward import make_reward
+from flowbench.terms import parse_reward, path_name, term_names
+
+logger = logging.getLogger("flowbench")
+
+
+def build_reward(name: str, preset: ModelPreset, device: torch.device, standardized: bool = False) -> Reward:
+    """The reward, or weighted sum of rewards, as the model's preset configures it, loaded.
+
+    Raises UsageError when the preset's arguments do not fit, RunError when weights are missing.
+    """
+    terms = parse_reward(name)
+    if standardized or len(terms) > 1 or terms[0].weight != 1.0:
+        return WeightedSum(terms, {t.name: build_reward(t.name, preset, device) for t in terms}, standardized)
+    try:
+        reward = make_reward(name, preset.rewards.get(name, {}))
+    except TypeError as error:
+        raise UsageError(f"reward '{name}' for model '{preset.name}': {error}") from error
+    reward.load(device)
+    return reward
+
+
+def build_judges(config: RunConfig, reward: Reward | None, preset: ModelPreset, device: torch.device) -> Judges:
+    """The loaded reward that the run trains on (None for no run at all), and the judges held out from it.
+
+    Held out are the rewards of `evaluation.judges`, by default all that the model's preset configures and the oracle on
+    the world of shapes, without those that the run trains on: neither by name nor, since a checkpoint can have two
+    names, by the hash of their weights. A default judge that is not on this machine is left out with a warning, and
+    never downloaded.
+    Raises UsageError when `evaluation.judges` names a reward trained on, RunError when weights of a judge that it names
+    are missing.
+    """
+    trained = _trained_on(config, reward)
+    known = {_weights_hash(r): name for name, r in trained.items()}
+    chosen, held_out = config.evaluation.judges, dict[str, Reward]()
+    for name in _candidates(config, preset):
+        judge = build_reward(name, preset, device) if chosen is not None else _if_here(name, preset, device)
+        if judge is None:
+            continue
+        twin = known.get(_weights_hash(judge)) if _weights_hash(judge) else None
+        if twin and chosen is not None:
+            raise UsageError(
+                f"judge '{name}' has the same weights as reward '{twin}', which the run trains on: it would praise "
+                "what it taught; take it out of evaluation.judges"
+            )
+        if twin:
+            logger.warning("'%s' is no judge of this run: it has the same weights as reward '%s'", name, twin)
+        else:
+            held_out[path_name(name)] = judge
+    scored = {path_name(name): r for name, r in trained.items() if not r.info.truth}
+    return Judges({**scored, **held_out}, oracle=_oracle_judges(config, preset), held_out=tuple(held_out))
+
+
+def _if_here(name: str, preset: ModelPreset, device: torch.device) -> Reward | None:
+    """A default judge, unless it is missing."""
+    remedies = [w.missing() for w in make_reward(name, preset.rewards[name]).weights()]
+    try:
+        if not any(remedies):
+            return build_reward(name, preset, device)
+        reason = "its weights are not on this machine; " + next(filter(None, remedies))
+    except RunError as error:
+        reason = str(error)
+    logger.warning("'%s' is no judge of this run: %s", name, reason)
+    return None
+
+
+def _trained_on(config: RunConfig, reward: Reward | None) -> dict[str, Reward]:
+    if reward is None:
+        return {}
+    # A plain reward may call itself by another name than the configuration, such as that of its backend.
+    return reward.parts() if isinstance(reward, WeightedSum) else {config.reward: reward}
+
+
+def _candidates(config: RunConfig, preset: ModelPreset) -> Iterator[str]:
+    """Names of the judges to be built."""
+    chosen, trained = config.evaluation.judges, term_names(config.reward)
+    for name in preset.rewards if chosen is None else chosen:
+        info = rewards.describe(name)
+        if info.domain == "images" and not info.truth and name not in trained:
+            yield name
+
+
+def _oracle_judges(config: RunConfig, preset: ModelPreset) -> bool:
+    chosen = config.evaluation.judges
+    readable = preset.prompts == "shapes"
+    if chosen is None or "oracle" in term_names(config.reward):
+        return readable
+    if "oracle" in chosen and not readable:
+        raise UsageError(f"judge 'oracle' reads only the world of shapes, and not the prompts '{preset.prompts}'")
+    return "oracle" in chosen
+
+
+def _weights_hash(reward: Reward) -> str | None:
+    return reward.provenance().get("sha256")

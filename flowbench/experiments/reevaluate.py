@@ -1,0 +1,223 @@
+"""`flowbench evaluate`: score a run, LoRA or other weights, a diffusers pipeline, or a folder of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from flowbench.config import EvaluationConfig, RunConfig, evaluation_config
+from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.exact_study import exact_study
+from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
+from flowbench.evaluation.judges import build_judges, build_reward
+from flowbench.evaluation.protocol import score_split
+from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
+from flowbench.models.devices import pick_device
+from flowbench.models.policy import Policy, load_pipeline
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.prompts import load_split
+from flowbench.record import Score, load_record, write_atomically
+
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
+DEFAULT_MODEL = "mini-sd3"
+
+Progress = Callable[[int, int], None]  # images done, of all images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of two models, keyed as in a record, or of images by metric.
+
+    trained_on: the reward that the scored run trained on; held_out: names of the judges; both unknown for weights of
+    unknown origin.
+    """
+
+    title: str
+    scores: dict[str, Score] = field(default_factory=dict)
+    images: dict[str, ImageScore] = field(default_factory=dict)
+    trained_on: str | None = None
+    held_out: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write the scores as JSON."""
+        scores: dict[str, BaseModel] = {**self.scores, **self.images}
+        content = {name: score.model_dump(mode="json") for name, score in scores.items()}
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def evaluate(path: Path, overrides: dict[str, Any], model: str | None, device: str, progress: Progress) -> Evaluation:
+    """Score whatever lies at `path`; `model` is the preset that it belongs to, except for a run, which knows its own.
+
+    Raises UsageError for a path that holds nothing to score, or an override of anything but the evaluation; RunError
+    for weights that cannot be loaded.
+    """
+    for key in overrides:
+        if not key.startswith("evaluation."):
+            raise UsageError(f"cannot change '{key}' of a finished run; only evaluation.* settings")
+    where = pick_device(device)
+    if (path / CONFIG).is_file():
+        if model is not None:
+            raise UsageError(f"'{path}' is a run of its own model; leave out --model")
+        return _evaluate_run(path, overrides, where, progress)
+    preset = load_preset(model or DEFAULT_MODEL)
+    if isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' is a formula without weights or images; of it only runs are evaluated")
+    protocol = evaluation_config(preset, overrides)
+    if has_prompts(path):
+        return _evaluate_images(path, preset, protocol, where, progress)
+    load = _loader(path)
+    if load is None:
+        raise UsageError(
+            f"'{path}' is no run folder, LoRA, diffusers folder, or folder of images with prompts.tsv or prompts.jsonl"
+        )
+    return _evaluate_weights(path, load, preset, protocol, where, progress)
+
+
+def _evaluate_run(folder: Path, overrides: dict[str, Any], device: torch.device, progress: Progress) -> Evaluation:
+    """Base and tuned model of a run, with its own protocol and the judges of its record, or changed ones."""
+    policy, config = load_tuned(folder, device)
+    preset = load_preset(config.model)
+    protocol = config.evaluation
+    if protocol.judges is None and (folder / RECORD).is_file():
+        # What is a judge by default may have changed since.
+        protocol = protocol.model_copy(update={"judges": _judges_of(folder, preset)})
+    if overrides:
+        protocol = evaluation_config(preset, {**_flat(protocol), **overrides}, config.reward)
+    config = config.model_copy(update={"evaluation": protocol})
+    splits = [load_split(preset.prompts, name) for name in protocol.splits]
+    reward = build_reward(config.reward, preset, device)
+    judges = build_judges(config, reward, preset, device)
+    scores = compare(evaluate_pairs(policy, splits, judges, protocol, progress))
+    if study := exact_study(policy, reward, config):
+        scores |= study.scores(protocol.splits)
+    title = f"{config.algorithm} on {config.reward}, seed {config.seed}"
+    return Evaluation(title, scores, trained_on=config.reward, held_out=judges.held_out)
+
+
+def _judges_of(folder: Path, preset: ModelPreset) -> tuple[str, ...] | None:
+    judges = load_record(folder / RECORD).judges
+    if not judges:
+        return None
+    return (*judges, "oracle") if preset.prompts == "shapes" else tuple(judges)
+
+
+def _flat(protocol: EvaluationConfig) -> dict[str, Any]:
+    return {f"evaluation.{name}": value for name, value in protocol.model_dump().items()}
+
+
+def _evaluate_weights(
+    path: Path,
+    load: Callable[[Path, ModelPreset, torch.device], tuple[Policy, Policy]],
+    preset: ModelPreset,
+    protocol: EvaluationConfig,
+    device: torch.device,
+    progress: Progress,
+) -> Evaluation:
+    """The preset's base model against other weights, on the same prompts and noise."""
+    base, tuned = load(path, preset, device)
+    splits = [load_split(preset.prompts, name) for name in protocol.splits]
+    judges = build_judges(_no_run(preset, protocol), None, preset, device)
+    if base is tuned:
+        pairs = evaluate_pairs(tuned, splits, judges, protocol, progress)
+    else:
+        total = 2 * sum(min(len(s.prompts), protocol.prompts) for s in splits) * protocol.images_per_prompt
+        tick = _Counter(progress, total)
+        pairs = {}
+        for split in splits:
+            pair = [score_split(policy, "reference", split, judges, protocol, tick) for policy in (base, tuned)]
+            for scores in pair:  # two pipelines need not share the latents in which velocities could be compared
+                del scores.scores["w2"]
+            pairs[split.name] = Pair(*pair)
+    return Evaluation(f"{path.name} against {preset.name}", compare(pairs), held_out=judges.held_out)
+
+
+def _evaluate_images(
+    folder: Path, preset: ModelPreset, protocol: EvaluationConfig, device: torch.device, progress: Progress
+) -> Evaluation:
+    gallery = read_gallery(folder)
+    judges = build_judges(_no_run(preset, protocol), None, preset, device)
+    scores = score_gallery(gallery, judges, protocol.batch, device, _Counter(progress, len(gallery)))
+    return Evaluation(f"{len(gallery)} images in {folder.name}", images=scores, held_out=judges.held_out)
+
+
+class _Counter:
+    """Adds up the images of the batches."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, n: int) -> None:
+        self.done += n
+        self.progress(self.done, self.total)
+
+
+def _no_run(preset: ModelPreset, protocol: EvaluationConfig) -> RunConfig:
+    """Stands for the run of weights whose training is unknown: it trained on no reward known here."""
+    return RunConfig(algorithm="", reward="unknown", model=preset.name, evaluation=protocol)
+
+
+# --- weights of other origin --------------------------------------------------------------------------------------
+
+
+def _loader(path: Path) -> Callable[[Path, ModelPreset, torch.device], tuple[Policy, Policy]] | None:
+    if (path.is_file() and path.suffix == ".safetensors") or (path / LORA).is_file():
+        return _load_lora
+    if (path / "model_index.json").is_file():
+        return _load_pipelines
+    if any((folder / "config.json").is_file() for folder in (path, path / "transformer")):
+        return _load_transformer
+    return None
+
+
+def _load_lora(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
+    """A policy whose current weights are the base with the LoRA, and whose reference is the base."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path if path.is_file() else path / LORA
+    policy = Policy(load_pipeline(preset, device), preset, device=device)
+    try:
+        with safe_open(str(file), framework="pt") as content:
+            foreign = [key for key in content.keys() if key.startswith("text_encoder")]  # noqa: SIM118
+        if foreign:
+            raise RunError(
+                f"LoRA '{file}' also changes the text encoders ({foreign[0]}); only the transformer is scored"
+            )
+        policy.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RunError(f"LoRA '{file}' does not fit model '{preset.name}': {_brief(error)}") from error
+    if not any("lora_" in name for name, _ in policy.transformer.named_parameters()):
+        raise RunError(f"LoRA '{file}' has no weights for the transformer of model '{preset.name}'")
+    return policy, policy
+
+
+def _load_transformer(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
+    """A policy whose current weights are the folder's transformer, and whose reference is the base."""
+    from diffusers import SD3Transformer2DModel
+
+    folder = path if (path / "config.json").is_file() else path / "transformer"
+    policy = Policy(load_pipeline(preset, device), preset, device=device)
+    try:
+        other = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=policy.model_dtype, use_safetensors=True)
+        policy.transformer.load_state_dict(other.state_dict())
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise RunError(f"'{folder}' is no transformer of model '{preset.name}': {_brief(error)}") from error
+    return policy, policy
+
+
+def _load_pipelines(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
+    """Two policies: the base, and the folder as a whole, whose text encoders and VAE may differ too."""
+    other = preset.model_copy(update={"source": str(path.resolve()), "revision": None})
+    return Policy(load_pipeline(preset, device), preset, device=device), Policy(
+        load_pipeline(other, device), other, device=device
+    )
+
+
+def _brief(error: Exception) -> str:
+    return shorten(str(error), 140, placeholder=" ...")

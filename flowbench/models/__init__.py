@@ -1,0 +1,1 @@
+"""The model being tuned: policy, weight views, paths and samplers, families of pipelines, presets."""

@@ -1,0 +1,1 @@
+"""One file per family of pipelines; the plane is one of them."""

@@ -1,0 +1,114 @@
+"""What `--model NAME` means: one YAML file per model, with each algorithm's defaults for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flowbench.errors import UsageError, did_you_mean
+
+FOLDER = Path(__file__).parent
+EMBEDDED = "embedded:"  # a source within the package's testbed weights
+ANALYTIC = "analytic:"  # a source that is a formula
+
+
+class ModelPreset(BaseModel):
+    """A model and how it is sampled, with the defaults of runs on it.
+
+    source: hub id, or "embedded:NAME"; resolution in pixels; num_steps and guidance_scale of sampling (1 is none);
+    rewards: constructor arguments per reward; training, evaluation, algorithms: overrides of the general defaults. An
+    algorithm has the sections training and algorithm, and under rewards.NAME such sections for one reward alone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    source: str
+    revision: str | None = None
+    licence: str
+    resolution: int
+    num_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    has_t5: bool
+    dtype: str = "float32"
+    prompts: str
+    rewards: dict[str, dict[str, Any]] = {}
+    training: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    algorithms: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def settings(self, algorithm: str, reward: str) -> dict[str, dict[str, Any]]:
+        """The overrides, by section, of an algorithm on a reward."""
+        general = self.algorithms.get(algorithm, {})
+        special = general.get("rewards", {}).get(reward, {})
+        return {name: {**general.get(name, {}), **special.get(name, {})} for name in ("training", "algorithm")}
+
+    def resolve_source(self) -> str:
+        """The folder or hub id to load; a folder of that name below FLOWBENCH_WEIGHTS comes first."""
+        return resolve_weights(self.source)
+
+    @property
+    def remedy(self) -> str:
+        """What to do when the weights are missing."""
+        if self.source.startswith(EMBEDDED):
+            return "rebuild it with 'flowbench testbed build'"
+        return (
+            f"fetch it with 'hf download {self.source}' (accept its licence on the hub first), "
+            "or set FLOWBENCH_WEIGHTS to a folder that contains it"
+        )
+
+
+class AnalyticPreset(ModelPreset):
+    """A model of points in the plane with a known distribution, source "analytic:gaussian" or "analytic:mixture".
+
+    density: the arguments of that distribution, see analytic/density.py.
+    """
+
+    resolution: int = 1
+    guidance_scale: float = 1.0
+    max_sequence_length: int = 1
+    has_t5: bool = False
+    density: dict[str, Any]
+
+    @property
+    def density_kind(self) -> str:
+        """ "gaussian" or "mixture"."""
+        return self.source.removeprefix(ANALYTIC)
+
+
+def resolve_weights(source: str) -> str:
+    """A local folder for "embedded:NAME" or for a hub id mirrored below FLOWBENCH_WEIGHTS, else the source itself."""
+    if source.startswith(EMBEDDED):
+        from flowbench.testbeds.shapes.weights import weights_folder
+
+        return str(weights_folder() / source.removeprefix(EMBEDDED))
+    mirror = os.environ.get("FLOWBENCH_WEIGHTS")
+    if mirror and (Path(mirror) / source).exists():
+        return str(Path(mirror) / source)
+    return source
+
+
+def preset_names() -> list[str]:
+    """Names of the built-in presets."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_preset(name: str) -> ModelPreset:
+    """The preset of that name, or of that YAML file.
+
+    Raises UsageError for an unknown name or a file that is no preset.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UsageError(f"unknown model '{name}'{did_you_mean(name, preset_names())}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
+        return kind.model_validate({"name": path.stem, **content})
+    except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
+        raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error

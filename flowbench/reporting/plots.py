@@ -1,0 +1,117 @@
+"""Pictures of a run: sample grids and learning curves, as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from flowbench.experiments.ablation import Curve
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+TRUTH = "oracle_exact"
+SHOWN_METRICS = (
+    "w2",
+    "fit",
+    "critic_loss",
+    "explained_variance_0.66",
+    "explained_variance_0.33",
+    "effective_sample_size",
+)
+
+
+def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:
+    """Rows of prompts; under each column's title that model's images (P, n, 3, H, W) in [0, 1]."""
+    from matplotlib.figure import Figure
+
+    rows, n, _, height, width = next(iter(columns.values())).shape
+    figure = Figure(figsize=(2.4 + len(columns) * n * 0.85, rows * 0.87 + 0.4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axis, (title, images) in zip(axes, columns.items(), strict=True):
+        padded = np.ones((rows, n, height + 2, width + 2, 3), dtype=np.float32)
+        padded[:, :, 1:-1, 1:-1] = images.clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()
+        axis.imshow(
+            padded.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), n * (width + 2), 3), interpolation="nearest"
+        )
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    axes[0].set_yticks([(r + 0.5) * (height + 2) for r in range(rows)], prompts, fontsize=8)
+    axes[0].tick_params(length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def learning_curves(path: Path, lines: list[dict], title: str) -> None:
+    """The training reward over images, beside the truth where it is known; a panel for each metric worth a look."""
+    from matplotlib.figure import Figure
+
+    images = [line["images"] for line in lines]
+    shown = [m for m in SHOWN_METRICS if any(m in line["metrics"] for line in lines)][:3]
+    figure = Figure(figsize=(4.2 * (1 + len(shown)), 3.1), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
+    reward = np.array([line["reward"] for line in lines])
+    axes[0].plot(images, reward, alpha=0.35, color="tab:blue", linewidth=1)
+    axes[0].plot(images, _smooth(reward), color="tab:blue")
+    axes[0].set(title=title, xlabel="images", ylabel="reward (training prompts)")
+    if any(TRUTH in line["metrics"] for line in lines):
+        known, verdicts = _logged(lines, TRUTH)
+        right = axes[0].twinx()
+        right.plot(known, verdicts, alpha=0.35, color="tab:green", linewidth=1)
+        right.plot(known, _smooth(verdicts), color="tab:green")
+        right.set_ylabel("truth (oracle, exact)", color="tab:green")
+        axes[0].yaxis.label.set_color("tab:blue")
+    for axis, metric in zip(axes[1:], shown, strict=True):
+        axis.plot(*_logged(lines, metric), color="tab:gray", linewidth=1)
+        axis.set(title=metric.replace("_", " "), xlabel="images")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _logged(lines: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and values where a metric was logged."""
+    points = [(line["images"], line["metrics"][metric]) for line in lines if metric in line["metrics"]]
+    return np.array([i for i, _ in points]), np.array([value for _, value in points])
+
+
+def ablation_curves(path: Path, variants: Mapping[str, Mapping[str, Curve]], title: str) -> None:
+    """Each quantity in a panel of its own: per variant the mean over seeds, and the seeds' range as a band."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for curves in variants.values() for name in curves))
+    figure = Figure(figsize=(4.6 * len(names), 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=True):
+        for variant, curves in variants.items():
+            if name not in curves:
+                continue
+            curve = curves[name]
+            seen = np.isfinite(curve.values).any(0)
+            images, values = curve.images[seen], curve.values[:, seen]
+            (line,) = axis.plot(images, _smooth(np.nanmean(values, 0)), label=variant)
+            if len(values) > 1:
+                band = (_smooth(edge) for edge in (np.nanmin(values, 0), np.nanmax(values, 0)))
+                axis.fill_between(images, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(title=name.replace("_", " "), xlabel="images")
+        axis.grid(alpha=0.3)
+        if name.startswith("explained_variance"):
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], -1.0))  # an untrained critic can be arbitrarily bad
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(variants))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
+    """Centred moving average; shorter windows at both ends."""
+    half = min(width, len(values)) // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])

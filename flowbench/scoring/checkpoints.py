@@ -1,0 +1,209 @@
+"""Weights of reward models: where they lie, how they are read, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flowbench.errors import RunError
+from flowbench.models.presets import EMBEDDED, resolve_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """SHA-256 over the names and values of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_file(reward: str, source: str, name: str, pickle: str | None = None, origin: str | None = None) -> Path:
+    """The safetensors file `name` of a source: a local folder, a hub id mirrored below FLOWBENCH_WEIGHTS, or the cache.
+
+    `source` may also be the file itself. `pickle` is the official file's name, where that needs conversion, and
+    `origin` says where it is published, if not on the hub under `source`. Nothing is downloaded.
+    Raises RunError with the remedy when it is nowhere.
+    """
+    place = Path(resolve_weights(source))
+    if place.is_file():
+        return place
+    if found := _locate(place, source, name):
+        return found
+    if pickle and (found := _locate(place, source, pickle)):
+        raise RunError(_pickled(reward, found))
+    raise RunError(f"reward '{reward}' has no {name} in '{source}'; {remedy(source, pickle or name, origin)}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a reward reads: any one of the files `names` of a source; `pickle` and `origin` as in `find_file`."""
+
+    source: str
+    names: tuple[str, ...]
+    pickle: str | None = None
+    origin: str | None = None
+
+    def missing(self) -> str | None:
+        """What to do, if none of the files is on this machine; None if one is."""
+        place = Path(resolve_weights(self.source))
+        if place.is_file() or any(_locate(place, self.source, name) for name in self.names):
+            return None
+        return remedy(self.source, self.pickle or self.names[0], self.origin)
+
+
+def _locate(place: Path, source: str, name: str) -> Path | None:
+    if (place / name).is_file():
+        return place / name
+    if place.is_dir() or source.startswith(EMBEDDED):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, name)
+    except HFValidationError:  # a path that does not exist
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def remedy(source: str, name: str = "", origin: str | None = None) -> str:
+    """What to do when weights are missing."""
+    if source.startswith(EMBEDDED):
+        return "rebuild it with 'flowbench testbed build'"
+    fetch = f"get {name} from {origin}" if origin else f"fetch it with '{f'hf download {source} {name}'.strip()}'"
+    if name.endswith(PICKLES):
+        fetch += f" and convert it with 'flowbench rewards convert {name}'"
+    mirror = os.environ.get("FLOWBENCH_WEIGHTS")
+    below = f"put it into {Path(mirror) / source}" if mirror else "set FLOWBENCH_WEIGHTS to a folder that contains it"
+    return f"{fetch}, {'then' if origin else 'or'} {below}"
+
+
+def _pickled(reward: str, path: Path) -> str:
+    return (
+        f"reward '{reward}': '{path}' is a pickle, which flowbench does not load; convert it once with "
+        f"'flowbench rewards convert {path}'"
+    )
+
+
+def read_tensors(reward: str, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises RunError, with the remedy, for a file in another format (a pickle can run code when it is loaded), or broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.name.endswith(PICKLES):
+        raise RunError(_pickled(reward, path))
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"reward '{reward}': '{path}' is no safetensors file: {brief(error)}; fetch it again") from error
+
+
+def load_pretrained(reward: str, kind: Any, source: str) -> Any:
+    """A transformers model (float32, frozen, every weight accounted for) or tokenizer from a folder or hub id.
+
+    Raises RunError, with the remedy, when it is missing or does not fit.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = resolve_weights(source)
+    is_model = hasattr(kind, "base_model_prefix") or kind.__name__.startswith("AutoModel")
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+    try:
+        loaded = kind.from_pretrained(place, **(options if is_model else {}))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise RunError(f"reward '{reward}' cannot load '{source}': {brief(error)}; {remedy(source)}") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(map(str, info[what])):
+            raise RunError(f"reward '{reward}': '{source}' has {what.replace('_keys', '')} weights, such as {names[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def load_strictly(reward: str, path: Path, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill a module; every weight must be in `tensors` with its shape, and nothing else may be.
+
+    Raises RunError that names the first deviation.
+    """
+    own = module.state_dict()
+    where = f"reward '{reward}': '{path}'"
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing:
+        raise RunError(f"{where} lacks {len(missing)} weights, such as '{missing[0]}'; is it another model's file?")
+    if foreign:
+        raise RunError(f"{where} has {len(foreign)} weights that the model lacks, such as '{foreign[0]}'")
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            raise RunError(
+                f"{where}: weight '{name}' has shape {tuple(value.shape)}; the model's is {tuple(own[name].shape)}"
+            )
+    module.load_state_dict(tensors)
+
+
+def read_json(reward: str, path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises RunError for a file that is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"reward '{reward}': '{path}' is not JSON: {brief(error)}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"reward '{reward}': '{path}' holds no JSON object")
+    return content
+
+
+def convert(source: Path, target: Path) -> int:
+    """Rewrite a checkpoint (.pt, .pth, .bin) as safetensors; returns the number of tensors.
+
+    Read with `weights_only`, so that a pickle cannot run code. A checkpoint that keeps its weights under "state_dict",
+    "model" or "module" is unwrapped.
+    Raises RunError for a file that is missing, or holds something else.
+    """
+    import pickle
+
+    from safetensors.torch import save_file
+
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise RunError(f"'{source}' does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise RunError(f"'{source}' is no checkpoint of plain tensors: {brief(error)}") from error
+    for key in ("state_dict", "model", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()) or not content:
+        raise RunError(f"'{source}' is no checkpoint of plain tensors; there is nothing to convert")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    # Cloned, because tensors that share memory cannot be saved.
+    save_file({k: v.contiguous().clone() for k, v in content.items()}, str(temporary), metadata={"format": "pt"})
+    os.replace(temporary, target)
+    return len(content)
+
+
+def brief(error: Exception) -> str:
+    """The first words of an error, on one line."""
+    return shorten(str(error), 140, placeholder=" ...")

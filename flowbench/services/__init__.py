@@ -1,0 +1,1 @@
+"""A reward over HTTP, and parity with the packages that define rewards."""

@@ -1,0 +1,60 @@
+"""What algorithms share that regress velocities on images noised again: how many states, and which noise."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from pydantic import Field
+
+from flowbench.algorithm import Algorithm, AlgorithmConfig
+from flowbench.models.policy import Policy, Renoised
+from flowbench.rollout import Batch, Rollout, endpoints
+
+
+class MatchingConfig(AlgorithmConfig):
+    """Hyperparameters of every algorithm of this kind."""
+
+    states_per_image: int = Field(1, ge=1, description="noisy states per image and pass")
+    shared_noise: bool = Field(False, description="same noise and sigma for the images of a prompt")
+
+
+M = TypeVar("M", bound=MatchingConfig)
+
+
+class Matching(Algorithm[M]):
+    """Base class: rows are images, each with a fresh noisy state per pass. Subclasses define prepare and loss."""
+
+    def rows(self, rollout: Rollout, advantage: torch.Tensor) -> Batch:
+        """`states_per_image` rows per image: all images, and all of them again."""
+        return endpoints(rollout, advantage, copies=self.cfg.states_per_image)
+
+    def renoise(self, policy: Policy, batch: Batch) -> Renoised:
+        """Fresh states of the rows; with `shared_noise` the images of a prompt differ by x0 alone.
+
+        Sharing leaves the expectation of the loss as it is; where a prompt's advantages sum to zero, most of the
+        noise's part of the gradient cancels.
+        """
+        return policy.renoise(batch.x0, share=batch.group if self.cfg.shared_noise else None)
+
+
+class TrailingMatching(Matching[M]):
+    """Base class for those with a weight view that follows the trained weights ever more slowly."""
+
+    def setup(self, policy: Policy) -> None:
+        """Count iterations from 0."""
+        super().setup(policy)
+        self.iterations = 0
+
+    def trail(self, policy: Policy, view: str, ramp: float, largest: float, start: int = 0) -> None:
+        """Once per iteration: move the view with the decay min(largest, ramp max(0, iterations - start))."""
+        self.iterations += 1
+        policy.update_view(view, decay=min(largest, ramp * max(0, self.iterations - start)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many iterations there were."""
+        return {"iterations": self.iterations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.iterations = state["iterations"]

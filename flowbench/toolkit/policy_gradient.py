@@ -1,0 +1,66 @@
+"""What policy gradients over sampler steps share: advantages, choice of steps, importance ratio, clipped surrogate.
+
+A sampler's step is an action of a Markov decision process with a Gaussian density; the reward comes at the end (DDPO,
+2305.13301, section 4). Ratios and divergences are means over latent dimensions, as in the reference implementations,
+hence the small clip ranges.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from pydantic import Field
+
+from flowbench.algorithm import Algorithm, AlgorithmConfig
+from flowbench.models.flow import Step, gaussian_kl, gaussian_log_prob
+from flowbench.models.policy import Policy
+from flowbench.rollout import Batch, Rollout, transitions
+
+
+class StepConfig(AlgorithmConfig):
+    """Hyperparameters of every algorithm of this kind."""
+
+    clip_range: float = Field(1e-4, gt=0, description="eps; reference code")
+    advantage_clip: float = Field(5.0, gt=0, description="bound on |A|; reference code")
+    steps_per_image: int | None = Field(None, ge=1, description="sampler steps per image in the update; null is all")
+
+
+S = TypeVar("S", bound=StepConfig)
+
+
+def clipped_surrogate(
+    advantage: torch.Tensor, log_ratio: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), PPO (1707.06347, eq. 7), (R,), and its metrics."""
+    rho = log_ratio.exp()
+    clipped = rho.clamp(1 - clip_range, 1 + clip_range)
+    outside = ((rho - 1).abs() > clip_range).float()
+    loss = torch.maximum(-advantage * rho, -advantage * clipped)
+    return loss, {"clipped": outside.mean(), "log_ratio": log_ratio.mean()}
+
+
+class StepPolicyGradient(Algorithm[S]):
+    """Base class: rows are transitions of a stochastic sampler. Subclasses define the loss."""
+
+    def prepare(self, rollout: Rollout) -> Batch:
+        """Transitions with the normalised and clipped advantage of their image, all of them or a random share."""
+        batch = transitions(rollout, rollout.normalized_advantage(self.cfg.advantage_clip))
+        steps = len(batch) // len(rollout)
+        if self.cfg.steps_per_image is None or self.cfg.steps_per_image >= steps:
+            return batch
+        order = self.policy.draw_noise(len(batch)).flatten(1)[:, 0].view(len(rollout), steps).argsort(1)
+        chosen = order[:, : self.cfg.steps_per_image] + steps * torch.arange(len(rollout), device=order.device)[:, None]
+        return batch.select(chosen.flatten())
+
+    def replay(self, policy: Policy, batch: Batch) -> tuple[Step, torch.Tensor]:
+        """The policy's Gaussian where each row's step was taken, and log rho averaged over latent dimensions, (R,)."""
+        taken = batch.transition()
+        step = policy.transition(taken.x, taken.sigma, taken.sigma_next, batch.cond)
+        return step, (gaussian_log_prob(taken.x_next, step) - taken.log_prob_old) / batch.x0[0].numel()
+
+    def divergence(self, policy: Policy, batch: Batch, step: Step) -> torch.Tensor:
+        """KL from the reference's Gaussian to the policy's `step`, exact, summed over latent dimensions, (R,)."""
+        taken = batch.transition()
+        reference = policy.transition(taken.x, taken.sigma, taken.sigma_next, batch.cond, weights="reference")
+        return gaussian_kl(step, reference)
