@@ -15,12 +15,22 @@ Deviations and choices where the source leaves them open (no code is public):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    register_algorithm,
+)
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.matching import Matching, MatchingConfig
+from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig
 
 
 @register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"})
@@ -31,6 +41,16 @@ class Adrpo(Matching["Adrpo.Config"]):
         beta0: float = Field(1.0, gt=0, description="regularisation at advantage 0, in the reward's unit; ours")
 
     cfg: Config
+    # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    defaults: ClassVar = {
+        "mini-sd3": Defaults(
+            {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}
+        )
+    }
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.beta0": LogUniform(0.1, 10.0),  # 1: ours, for rewards of deviation 1; the paper's was not to be had
+    }
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the reward above the mean of their prompt."""

@@ -19,13 +19,23 @@ Deviations from the paper and that code:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    register_algorithm,
+)
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.matching import MatchingConfig, TrailingMatching
+from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, TrailingMatching
 from flowbench.toolkit.policy_gradient import clipped_surrogate
 
 
@@ -43,6 +53,26 @@ class Awm(TrailingMatching["Awm.Config"]):
         average_ramp: float = Field(0.001, gt=0, description="growth of that decay per iteration; reference code")
 
     cfg: Config
+    defaults: ClassVar = {
+        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4}),  # docs/mini-sd3-search.md
+        # scxue/advantage_weighted_matching, config/dgx_awm.py, geneval_sd3_no_cfg (pickscore has beta 1e-4).
+        "sd3.5-medium": Defaults(
+            {
+                "num_steps": 14,
+                "guidance_scale": 1.0,
+                "prompts_per_iteration": 72,
+                "sigma_distribution": "sampler",
+                "minibatch": 10368,  # one optimizer step per iteration
+                "ema": 0.99,
+            },
+            {"beta": 0.003, "beta_average": 1.0, "power": 0.25, "states_per_image": 6},
+        ),
+    }
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.beta": LogUniform(3e-4, 3e-2),  # 0.003: reference code, compositional reward
+        "algorithm.beta_average": LogUniform(0.1, 10.0),  # 1: reference code
+    }
 
     def setup(self, policy: Policy) -> None:
         super().setup(policy)

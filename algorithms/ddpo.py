@@ -13,9 +13,17 @@ Deviations from the paper and its reference code (kvablack/ddpo-pytorch):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from flowbench.algorithm import Batch, Loss, register_algorithm
 from flowbench.models.policy import Policy
-from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
+from flowbench.toolkit.policy_gradient import (
+    STEP_DEFAULTS,
+    STEP_SEARCH_SPACE,
+    StepConfig,
+    StepPolicyGradient,
+    clipped_surrogate,
+)
 
 
 @register_algorithm("ddpo", paper="arXiv:2305.13301", needs={"states", "log_prob"})
@@ -26,6 +34,8 @@ class Ddpo(StepPolicyGradient["Ddpo.Config"]):
         """Clip ranges as in the reference code."""
 
     cfg: Config
+    defaults: ClassVar = STEP_DEFAULTS
+    search_space: ClassVar = STEP_SEARCH_SPACE
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         _, log_ratio = self.replay(policy, batch)

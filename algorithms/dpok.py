@@ -16,11 +16,19 @@ Deviations from the paper and its reference code (google-research/dpok):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, register_algorithm
+from flowbench.algorithm import Batch, LogUniform, Loss, register_algorithm
 from flowbench.models.policy import Policy
-from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
+from flowbench.toolkit.policy_gradient import (
+    STEP_DEFAULTS,
+    STEP_SEARCH_SPACE,
+    StepConfig,
+    StepPolicyGradient,
+    clipped_surrogate,
+)
 
 
 @register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"})
@@ -31,6 +39,11 @@ class Dpok(StepPolicyGradient["Dpok.Config"]):
         beta: float = Field(0.01, ge=0, description="weight of the KL in nats; reference code's kl_weight")
 
     cfg: Config
+    defaults: ClassVar = STEP_DEFAULTS
+    search_space: ClassVar = {
+        **STEP_SEARCH_SPACE,
+        "algorithm.beta": LogUniform(1e-3, 0.1),  # 0.01: reference code's kl_weight
+    }
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         step, log_ratio = self.replay(policy, batch)

@@ -13,13 +13,18 @@ Deviations from the paper (which has no public code):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
     Algorithm,
     AlgorithmConfig,
     Batch,
+    Choice,
+    Defaults,
     Loss,
     Rollout,
     endpoints,
@@ -47,6 +52,11 @@ class Draft(Algorithm["Draft.Config"]):
             return noises
 
     cfg: Config
+    defaults: ClassVar = {"mini-sd3": Defaults({"learning_rate": 1.5e-4, "minibatch": 32})}  # docs/mini-sd3-search.md
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.steps": Choice((1, 2, 4, 8)),  # 1: the paper's most efficient
+    }
 
     def setup(self, policy: Policy) -> None:
         super().setup(policy)

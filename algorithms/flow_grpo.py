@@ -19,11 +19,19 @@ MixGRPO (2507.21802) is this algorithm with `training.sde_window`: stochastic st
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, register_algorithm
+from flowbench.algorithm import Batch, Defaults, LogUniform, Loss, register_algorithm
 from flowbench.models.policy import Policy
-from flowbench.toolkit.policy_gradient import StepConfig, StepPolicyGradient, clipped_surrogate
+from flowbench.toolkit.policy_gradient import (
+    STEP_DEFAULTS,
+    STEP_SEARCH_SPACE,
+    StepConfig,
+    StepPolicyGradient,
+    clipped_surrogate,
+)
 
 
 @register_algorithm("flow-grpo", paper="arXiv:2505.05470", needs={"states", "log_prob"})
@@ -37,6 +45,21 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
         )
 
     cfg: Config
+    defaults: ClassVar = {
+        **STEP_DEFAULTS,
+        # yifan123/flow_grpo, config/grpo.py, geneval_sd3 and general_ocr_sd3 (pickscore_sd3 has beta 0.01).
+        "sd3.5-medium": Defaults(
+            {
+                "minibatch": 5760,  # two optimizer steps per iteration
+                "ema": 0.987,  # 0.9 every 8 optimizer steps
+            },
+            {"beta": 0.04, "kl_over_step": False, "clip_range": 1e-4, "advantage_clip": 5.0},
+        ),
+    }
+    search_space: ClassVar = {
+        **STEP_SEARCH_SPACE,
+        "algorithm.beta": LogUniform(0.004, 0.4),  # 0.04: reference code (0.01 for PickScore)
+    }
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         step, log_ratio = self.replay(policy, batch)

@@ -19,13 +19,23 @@ Deviations from the paper and that code:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    register_algorithm,
+)
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy, Renoised
-from flowbench.toolkit.matching import MatchingConfig, TrailingMatching
+from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, TrailingMatching
 
 
 @register_algorithm("nft", paper="arXiv:2509.16117", needs={"endpoint", "old"})
@@ -42,6 +52,23 @@ class Nft(TrailingMatching["Nft.Config"]):
         old_start: int = Field(0, ge=0, description="iterations before it grows; reference code (75 for OCR)")
 
     cfg: Config
+    defaults: ClassVar = {
+        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "kl": 0.5}),  # docs/mini-sd3-search.md
+        # NVlabs/DiffusionNFT, config/nft.py, sd3_geneval and sd3_pickscore; its sampler is a second-order solver.
+        "sd3.5-medium": Defaults(
+            {
+                "guidance_scale": 1.0,
+                "sigma_distribution": "sampler",
+                "minibatch": 10368,  # one optimizer step per iteration
+            },
+            {"beta": 1.0, "kl": 1e-4, "states_per_image": 9, "old_ramp": 0.001, "old_decay": 0.5},
+        ),
+    }
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.beta": LogUniform(0.1, 10.0),  # 1: reference code (0.1 for OCR)
+        "algorithm.kl": LogUniform(1e-5, 1e-3),  # 1e-4: reference code
+    }
 
     def setup(self, policy: Policy) -> None:
         super().setup(policy)

@@ -17,10 +17,23 @@ Deviations from the paper and its reference code (SalesforceAIResearch/Diffusion
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, pairs, register_algorithm
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Algorithm,
+    AlgorithmConfig,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    pairs,
+    register_algorithm,
+)
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
 
@@ -34,6 +47,23 @@ class OnlineDpo(Algorithm["OnlineDpo.Config"]):
         states_per_pair: int = Field(1, ge=1, description="noisy states per pair and pass")
 
     cfg: Config
+    defaults: ClassVar = {
+        # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+        "mini-sd3": Defaults({"learning_rate": 2e-4, "minibatch": 32}, {"states_per_pair": 8}),
+        # yifan123/flow_grpo, config/dpo.py, geneval_sd3 and pickscore_sd3.
+        "sd3.5-medium": Defaults(
+            {
+                "num_steps": 40,
+                "minibatch": 1872,  # one optimizer step per iteration
+                "ema": 0.987,  # 0.9 every 8 optimizer steps
+            },
+            {"beta": 100.0, "states_per_pair": 39},
+        ),
+    }
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.beta": LogUniform(10.0, 1000.0),  # 100: Flow-GRPO's DPO baseline
+    }
 
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per prompt and state; `advantage` is the difference of the pair's rewards."""

@@ -11,12 +11,26 @@ Deviations from the paper and its reference code (markerthu/orw-cfm):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Algorithm,
+    AlgorithmConfig,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    endpoints,
+    register_algorithm,
+)
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.defaults import MINI_SD3_LORA
 
 
 @register_algorithm("orw-cfm-w2", paper="arXiv:2502.06061", needs={"endpoint"})
@@ -28,6 +42,18 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
         alpha: float = Field(1.0, ge=0, description="Wasserstein-2 regularisation; reference code, CIFAR")
 
     cfg: Config
+    # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    defaults: ClassVar = {
+        "mini-sd3": Defaults(
+            {**MINI_SD3_LORA, "learning_rate": 2e-3, "minibatch": 32, "epochs": 3, "reward_scale": "standardized"},
+            {"tau": 5.0, "alpha": 100.0},
+        )
+    }
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.tau": LogUniform(0.05, 5.0),  # 0.5: reference code, CIFAR
+        "algorithm.alpha": LogUniform(0.1, 10.0),  # 1: reference code, CIFAR
+    }
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the raw reward."""

@@ -13,12 +13,23 @@ Deviations from the paper (which has no code for flows):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    register_algorithm,
+)
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.defaults import MINI_SD3_LORA
 from flowbench.toolkit.matching import Matching, MatchingConfig
 
 
@@ -31,6 +42,23 @@ class Raft(Matching["Raft.Config"]):
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2; paper: optional KL, off")
 
     cfg: Config
+    # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    defaults: ClassVar = {
+        "mini-sd3": Defaults(
+            {
+                **MINI_SD3_LORA,
+                "learning_rate": 4e-4,
+                "minibatch": 128,
+                "prompts_per_iteration": 4,
+                "images_per_prompt": 16,
+            },
+            {"states_per_image": 16, "share": 0.0625},
+        )
+    }
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.share": LogUniform(0.025, 1.0),  # 0.25: the paper's best 1 of K in groups of 4; 1 keeps all
+    }
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows of the kept images; `advantage` is their reward above the mean of their prompt."""

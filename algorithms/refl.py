@@ -12,9 +12,22 @@ Deviations from the paper and its reference code (THUDM/ImageReward):
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, register_algorithm, visited
+from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
+    Algorithm,
+    AlgorithmConfig,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    register_algorithm,
+    visited,
+)
 from flowbench.models.flow import predict_x0, velocity_error
 from flowbench.models.policy import Policy
 
@@ -30,6 +43,11 @@ class Refl(Algorithm["Refl.Config"]):
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2")
 
     cfg: Config
+    defaults: ClassVar = {"mini-sd3": Defaults({"learning_rate": 3e-4, "minibatch": 32})}  # docs/mini-sd3-search.md
+    search_space: ClassVar = {
+        **COMMON_SEARCH_SPACE,
+        "algorithm.late": LogUniform(0.025, 1.0),  # 0.25: the paper's steps 30 to 40 of 40
+    }
 
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per image: its state at a random late step."""

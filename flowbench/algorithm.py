@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from flowbench.errors import RunError
+from flowbench.errors import RunError, UsageError
 from flowbench.registry import AlgorithmInfo, register_algorithm
 from flowbench.rollout import Batch, Loss, Rollout, endpoints, pairs, transitions, visited
 
@@ -30,6 +31,124 @@ class AlgorithmConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """An algorithm's settings for one model; what they do not name stays as the model's preset or `Config` has it.
+
+    training: settings of the loop, {"learning_rate": 2e-4}; algorithm: hyperparameters; by_reward: what one reward
+    alone changes. Do not write new settings by reward: they are kept for published results, and a later version will
+    refuse them, because a comparison is fair only where no setting depends on the reward's name.
+    """
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: Mapping[str, Any] = field(default_factory=dict)
+    by_reward: Mapping[str, Defaults] = field(default_factory=dict)
+
+    def on(self, reward: str) -> Defaults:
+        """The settings for a reward, as `Config.reward` spells it: the general ones, then what that reward changes."""
+        special = self.by_reward.get(reward, Defaults())
+        return Defaults({**self.training, **special.training}, {**self.algorithm, **special.algorithm})
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A search dimension: numbers from low to high, each as likely as another."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _ordered(self.low, self.high)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        return self.low, self.high
+
+    def at(self, u: float) -> float:
+        """The value at u in [0, 1): the quantile of a uniform or quasi-random number."""
+        return self.low + u * (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """A search dimension: positive numbers from low to high whose logarithms are equally likely."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        _ordered(self.low, self.high)
+        if self.low <= 0:
+            raise UsageError(f"a LogUniform search dimension begins at {self.low}; its low must be above 0")
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest value."""
+        return self.low, self.high
+
+    def at(self, u: float) -> float:
+        """The value at u in [0, 1)."""
+        return min(self.low * (self.high / self.low) ** u, self.high)
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A search dimension: whole numbers from low to high, both included, each as likely as another."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        _ordered(self.low, self.high)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest value."""
+        return self.low, self.high
+
+    def at(self, u: float) -> int:
+        """The value at u in [0, 1)."""
+        return self.low + int(u * (self.high - self.low + 1))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A search dimension: these values, each as likely as another."""
+
+    values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) < max(2, len(self.values)):
+            raise UsageError(f"a Choice search dimension has {self.values}; give two or more different values")
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All values: a choice has no inside."""
+        return self.values
+
+    def at(self, u: float) -> Any:
+        """The value at u in [0, 1)."""
+        return self.values[int(u * len(self.values))]
+
+
+def _ordered(low: float, high: float) -> None:
+    if not low < high:
+        raise UsageError(f"a search dimension goes from {low} to {high}; its low must be below its high")
+
+
+Dimension: TypeAlias = Uniform | LogUniform | Integers | Choice
+
+# What every algorithm searches, in the same ranges. They are centred on Flow-GRPO's settings for SD3.5 medium
+# (yifan123/flow_grpo, config/base.py): a learning rate of 3e-4, and an average of weights that remembers about 80
+# optimizer steps (0.9 every 8 of them). Here averages remember none, 10, 33 or 100 steps: longer ones would mostly be
+# the untrained weights in a run of a few hundred.
+COMMON_SEARCH_SPACE: Mapping[str, Dimension] = {
+    "training.learning_rate": LogUniform(3e-5, 3e-3),
+    "training.ema": Choice((0.0, 0.9, 0.97, 0.99)),
+    "training.tuning": Choice(("full", "lora")),
+}
+
 C = TypeVar("C", bound=AlgorithmConfig)
 
 
@@ -44,11 +163,19 @@ class Algorithm(Generic[C]):
     `score` is the run's reward as a function of images (B, 3, H, W) and prompts; differentiable if the algorithm
     declares the need "reward_grad". `ablations` lists the variants that `flowbench ablate` compares with the default,
     each as the hyperparameters that it changes.
+
+    `defaults` are its settings by the name of a model, {"mini-sd3": Defaults(...)}; they stand between those of the
+    model's preset and the user's. `search_space` says what a search may vary, by a setting's full name
+    ("training.learning_rate", "algorithm.tau"): `COMMON_SEARCH_SPACE` and one to three of its own, each the published
+    value within a factor of ten either way, or all the choices. It is the same for every model and reward.
+    `flowbench check` refuses a key that is unknown and a value that is invalid, in both.
     """
 
     info: ClassVar[AlgorithmInfo]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     ablations: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    defaults: ClassVar[Mapping[str, Defaults]] = {}
+    search_space: ClassVar[Mapping[str, Dimension]] = COMMON_SEARCH_SPACE
 
     def __init__(self, config: C, score: RewardFunction = no_score) -> None:
         self.cfg = config
@@ -93,11 +220,18 @@ class Algorithm(Generic[C]):
 
 
 __all__ = [
+    "COMMON_SEARCH_SPACE",
     "Algorithm",
     "AlgorithmConfig",
     "Batch",
+    "Choice",
+    "Defaults",
+    "Dimension",
+    "Integers",
+    "LogUniform",
     "Loss",
     "Rollout",
+    "Uniform",
     "endpoints",
     "pairs",
     "register_algorithm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from flowbench.registry import algorithms, rewards
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
 if TYPE_CHECKING:
-    from flowbench.algorithm import AlgorithmConfig
+    from flowbench.algorithm import Algorithm, AlgorithmConfig, Defaults
 
 
 class _Section(BaseModel):
@@ -102,8 +103,8 @@ class RunConfig(_Section):
         content = self.model_dump(mode="json", exclude={"seed", "device"})
         content |= {"training": hashable(self.training), "evaluation": hashable(self.evaluation)}
         content["hyperparameters"] = _without_unused(self.hyperparameters, algorithms.get(self.algorithm).cls.Config)
-        # Its defaults for training are in the resolved settings already.
-        resolved = {"training", "evaluation", "algorithms"}
+        # Its defaults, and those that it takes from a model like it, are in the resolved settings already.
+        resolved = {"training", "evaluation", "algorithms", "like"}
         content["preset"] = load_preset(self.model).model_dump(mode="json", exclude=resolved)
         # Judges do not change what a run computes; clip was in every hash before there were others.
         used = {"clip", *term_names(self.reward)}
@@ -132,19 +133,23 @@ SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorit
 def resolve_config(
     algorithm: str, reward: str, model: str, *, overrides: dict[str, Any], seed: int = 0, device: str = "auto"
 ) -> RunConfig:
-    """Defaults, the model's, the algorithm's for that model and reward, then `overrides` ({"training.images": 100}).
+    """Settings from the general to the particular; each layer wins over those before it.
+
+    The general defaults, the model's, the algorithm's for that model and reward, what the model's preset changes of
+    them, then `overrides` ({"training.images": 100}).
+
 
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
     preset = load_preset(model)
     info = algorithms.describe(algorithm)
     terms = parse_reward(reward)
-    mine = preset.settings(algorithm, spell(terms))
-    training = {**preset.training, **_default_sampler(info.needs), **mine["training"]}
+    cls = algorithms.get(algorithm).cls
+    own, changed = _brought(cls, preset, spell(terms)), preset.settings(algorithm, spell(terms))
     sections: dict[str, dict[str, Any]] = {
-        "training": training,
+        "training": {**preset.training, **_default_sampler(info.needs), **own.training, **changed["training"]},
         "evaluation": dict(preset.evaluation),
-        "algorithm": mine["algorithm"],
+        "algorithm": {**own.algorithm, **changed["algorithm"]},
     }
     for key, value in overrides.items():
         section, dot, name = key.partition(".")
@@ -160,9 +165,7 @@ def resolve_config(
         "device": device,
         "training": _validate(TrainingConfig, "training", sections["training"]),
         "evaluation": _validate(EvaluationConfig, "evaluation", sections["evaluation"]),
-        "hyperparameters": _validate(
-            algorithms.get(algorithm).cls.Config, "algorithm", sections["algorithm"]
-        ).model_dump(mode="json"),
+        "hyperparameters": _validate(cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
     }
     config: RunConfig = _validate(RunConfig, "", values)
     _check_domain(config, preset, combined_info(terms).domain)
@@ -172,12 +175,25 @@ def resolve_config(
     return config
 
 
-def _hyperparameters(algorithm: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an algorithm, validated by its own Config."""
-    values: dict[str, Any] = _validate(algorithms.get(algorithm).cls.Config, "algorithm", settings).model_dump(
-        mode="json"
-    )
-    return values
+def check_settings(cls: type[Algorithm[Any]], training: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:
+    """Raise UsageError for a setting that the loop or the algorithm does not know, or a value that it does not take."""
+    _validate(TrainingConfig, "training", dict(training))
+    _validate(cls.Config, "algorithm", dict(algorithm))
+
+
+def _brought(cls: type[Algorithm[Any]], preset: ModelPreset, reward: str) -> Defaults:
+    """What the algorithm itself brings for the model, or else for the one that the model is like."""
+    from flowbench.algorithm import Defaults
+
+    for name in filter(None, (preset.name, preset.like)):
+        if name in cls.defaults:
+            found = cls.defaults[name].on(reward)
+            try:
+                check_settings(cls, found.training, found.algorithm)
+            except UsageError as error:
+                raise UsageError(f"{cls.info.name}'s own defaults for model '{name}' are wrong: {error}") from error
+            return found
+    return Defaults()
 
 
 def evaluation_config(preset: ModelPreset, overrides: dict[str, Any], reward: str | None = None) -> EvaluationConfig:

@@ -35,7 +35,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads th
 @pytest.fixture(scope="session")
 def preset_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model file: mini-sd3 with four sampler steps and no defaults of its own, so that tests set what they need."""
-    plain = {"num_steps": 4, "training": {}, "evaluation": {}, "algorithms": {}}
+    plain = {"name": "tiny", "num_steps": 4, "training": {}, "evaluation": {}, "algorithms": {}}
     content = load_preset("mini-sd3").model_dump() | plain
     path = tmp_path_factory.mktemp("preset") / "tiny.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")

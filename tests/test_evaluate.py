@@ -83,7 +83,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, lora: Path, preset_fi
 
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not safetensors")
-    with pytest.raises(RunError, match=r"LoRA '.*broken.safetensors' does not fit model 'mini-sd3'"):
+    with pytest.raises(RunError, match=r"LoRA '.*broken.safetensors' does not fit model 'tiny'"):
         evaluate(broken, preset_file)
     (file,) = lora.glob("*.safetensors")
     text = tmp_path / "text.safetensors"
@@ -91,7 +91,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, lora: Path, preset_fi
     with pytest.raises(RunError, match="also changes the text encoders"):
         evaluate(text, preset_file)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(RunError, match="is no transformer of model 'mini-sd3'"):
+    with pytest.raises(RunError, match="is no transformer of model 'tiny'"):
         evaluate(tmp_path, preset_file)
 
 

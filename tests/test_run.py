@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig) 
 
 def test_a_run_folder_answers_what_produced_it(finished: tuple):
     folder, record, config = finished
-    assert folder.parts[-4:] == ("mini-sd3", "clip", "acflow", f"{config.hash()}-s3")
+    assert folder.parts[-4:] == ("tiny", "clip", "acflow", f"{config.hash()}-s3")
     expected = ["DONE", "checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "record.json", "samples"]
     assert set(expected) <= {path.name for path in folder.iterdir()}
     assert {path.name for path in (folder / "samples").iterdir()} == {"test.png", "compositional.png"}

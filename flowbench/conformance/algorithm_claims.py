@@ -12,6 +12,7 @@ import torch
 from flowbench import __file__ as package
 from flowbench.config import resolve_config
 from flowbench.conformance.bench import PATIENCE, AlgorithmBench, difference, finished, state
+from flowbench.conformance.declarations import declaration_fault
 from flowbench.conformance.learning import t_interval
 from flowbench.conformance.verdict import Claim, Finding, Verdict, examine, failed, passed, skipped
 from flowbench.conformance.watch import LossCall, Part
@@ -31,7 +32,10 @@ def check_algorithm(name: str, model: str = "gaussian") -> Iterator[Finding]:
 
 
 def metadata_is_complete(bench: AlgorithmBench) -> Verdict:
-    """Paper, summary, a description of every hyperparameter, valid ablations; a page for a built-in algorithm."""
+    """Paper, summary, a description of every hyperparameter; valid ablations, defaults and search dimensions.
+
+    A built-in algorithm also has a page.
+    """
     info, cls = bench.plugin.info, bench.plugin.cls
     missing = [name for name in ("paper", "summary") if not getattr(info, name).strip()]
     fields = cls.Config.model_fields
@@ -46,7 +50,8 @@ def metadata_is_complete(bench: AlgorithmBench) -> Verdict:
             bench.config({f"algorithm.{key}": value for key, value in changed.items()})
         except UsageError as error:
             return failed(f"its ablation {dict(changed)} is refused: {error}")
-    return passed()
+    fault = declaration_fault(cls)
+    return failed(fault) if fault else passed()
 
 
 def needs_are_honoured(bench: AlgorithmBench) -> Verdict:

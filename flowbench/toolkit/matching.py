@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,9 @@ class MatchingConfig(AlgorithmConfig):
     states_per_image: int = Field(1, ge=1, description="noisy states per image and pass")
     shared_noise: bool = Field(False, description="same noise and sigma for the images of a prompt")
 
+
+# Training on mini-sd3, found in runs of one to five seeds: docs/mini-sd3-search.md.
+MINI_SD3_MATCHING: Mapping[str, Any] = {"learning_rate": 2e-4, "minibatch": 128}
 
 M = TypeVar("M", bound=MatchingConfig)
 

@@ -1,4 +1,4 @@
-"""What `--model NAME` means: one YAML file per model, with each algorithm's defaults for it."""
+"""What `--model NAME` means: one YAML file per model. An algorithm's defaults for it stand in the algorithm's file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
     source: hub id, or "embedded:NAME"; resolution in pixels; num_steps and guidance_scale of sampling (1 is none);
-    rewards: constructor arguments per reward; training, evaluation, algorithms: overrides of the general defaults. An
-    algorithm has the sections training and algorithm, and under rewards.NAME such sections for one reward alone.
+    rewards: constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring
+    their own defaults for the models that they know by name; like: the built-in model whose defaults they use if they
+    do not know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on
+    this model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,10 +42,11 @@ class ModelPreset(BaseModel):
     rewards: dict[str, dict[str, Any]] = {}
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
+    like: str | None = None
     algorithms: dict[str, dict[str, dict[str, Any]]] = {}
 
     def settings(self, algorithm: str, reward: str) -> dict[str, dict[str, Any]]:
-        """The overrides, by section, of an algorithm on a reward."""
+        """What the preset itself says, by section, of an algorithm on a reward."""
         general = self.algorithms.get(algorithm, {})
         special = general.get("rewards", {}).get(reward, {})
         return {name: {**general.get(name, {}), **special.get(name, {})} for name in ("training", "algorithm")}
@@ -109,6 +112,10 @@ def load_preset(name: str) -> ModelPreset:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
-        return kind.model_validate({"name": path.stem, **content})
+        preset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
+    if preset.like is not None and preset.like not in preset_names():
+        known = did_you_mean(preset.like, preset_names())
+        raise UsageError(f"model file '{path}' is like '{preset.like}', which is no built-in model{known}")
+    return preset
