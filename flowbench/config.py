@@ -138,25 +138,23 @@ def resolve_config(
     The general defaults, the model's, the algorithm's for that model and reward, what the model's preset changes of
     them, then `overrides` ({"training.images": 100}).
 
-
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
     preset = load_preset(model)
     info = algorithms.describe(algorithm)
     terms = parse_reward(reward)
+    given = _by_section(overrides)
+    # What is misspelt here is answered before the algorithm's module, and with it torch, is imported.
+    _validate(TrainingConfig, "training", given["training"])
+    _validate(EvaluationConfig, "evaluation", given["evaluation"])
     cls = algorithms.get(algorithm).cls
     own, changed = _brought(cls, preset, spell(terms)), preset.settings(algorithm, spell(terms))
+    model_training = {**preset.training, **_default_sampler(info.needs)}
     sections: dict[str, dict[str, Any]] = {
-        "training": {**preset.training, **_default_sampler(info.needs), **own.training, **changed["training"]},
-        "evaluation": dict(preset.evaluation),
-        "algorithm": {**own.algorithm, **changed["algorithm"]},
+        "training": {**model_training, **own.training, **changed["training"], **given["training"]},
+        "evaluation": {**preset.evaluation, **given["evaluation"]},
+        "algorithm": {**own.algorithm, **changed["algorithm"], **given["algorithm"]},
     }
-    for key, value in overrides.items():
-        section, dot, name = key.partition(".")
-        if section not in sections or not dot:
-            hint = did_you_mean(section, sections) if dot else f"; write section.key, with {', '.join(sections)}"
-            raise UsageError(f"unknown setting '{key}'{hint}")
-        sections[section][name] = value
     values = {
         "algorithm": algorithm,
         "reward": spell(terms),
@@ -173,6 +171,18 @@ def resolve_config(
     _check_window(config, preset)
     _check_judges(config.evaluation, config.reward)
     return config
+
+
+def _by_section(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"training.images": 100} as {"training": {"images": 100}, ...}, with all sections."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in overrides.items():
+        section, dot, name = key.partition(".")
+        if section not in sections or not dot:
+            hint = did_you_mean(section, sections) if dot else f"; write section.key, with {', '.join(sections)}"
+            raise UsageError(f"unknown setting '{key}'{hint}")
+        sections[section][name] = value
+    return sections
 
 
 def check_settings(cls: type[Algorithm[Any]], training: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:

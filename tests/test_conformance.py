@@ -9,7 +9,17 @@ import torch
 from pydantic import Field
 from test_docs import DOCS, first_block
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
+from flowbench.algorithm import (
+    Algorithm,
+    AlgorithmConfig,
+    Batch,
+    Defaults,
+    LogUniform,
+    Loss,
+    Rollout,
+    endpoints,
+    register_algorithm,
+)
 from flowbench.conformance import Finding, Status, algorithm_claims, check, reward_claims
 from flowbench.conformance.bench import AlgorithmBench, difference
 from flowbench.conformance.reward_claims import RewardBench
@@ -93,6 +103,14 @@ class Undescribed(Sound):
 
 class RefusedAblation(Sound):
     ablations: ClassVar = ({"beta": 1.0},)
+
+
+class RefusedDefault(Sound):
+    defaults: ClassVar = {"mini-sd3": Defaults({"learning_rate": -1.0})}
+
+
+class RefusedDimension(Sound):
+    search_space: ClassVar = {"algorithm.beta": LogUniform(0.1, 1.0)}
 
 
 class TakesStates(Sound):
@@ -221,6 +239,8 @@ class ShiftsItsSamples(Sound):
     [
         (Undescribed, "metadata_is_complete", "missing: the description of alpha"),
         (RefusedAblation, "metadata_is_complete", "its ablation {'beta': 1.0} is refused: unknown setting"),
+        (RefusedDefault, "metadata_is_complete", "its defaults for mini-sd3 are refused: setting 'training.learning_r"),
+        (RefusedDimension, "metadata_is_complete", "its search dimension 'algorithm.beta' reaches 0.1, which is refus"),
         (
             TakesStates,
             "needs_are_honoured",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,9 +79,10 @@ def test_an_algorithms_defaults_for_a_model_are_in_force(name: str, model: str):
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_a_run_on_the_embedded_model_may_take_every_end_of_a_search_dimension(name: str):
-    for key, dimension in algorithms.get(name).cls.search_space.items():
-        for end in dimension.ends:
-            resolve_config(name, "clip", "mini-sd3", overrides={key: end})
+    space = algorithms.get(name).cls.search_space
+    for k in range(max(len(dimension.ends) for dimension in space.values())):
+        ends = {key: dimension.ends[k % len(dimension.ends)] for key, dimension in space.items()}
+        assert resolve_config(name, "clip", "mini-sd3", overrides=ends).training.ema == ends["training.ema"]
 
 
 @pytest.mark.parametrize("name", algorithms.names())
@@ -200,8 +202,7 @@ def test_wrong_defaults_are_laid_at_the_algorithms_door(clean_registry: None):
 def test_a_wrong_declaration_is_a_finding_that_names_it(attributes: dict[str, Any], complaint: str):
     found = fault(**attributes)
     assert found is not None
-    with pytest.raises(UsageError, match=complaint):
-        raise UsageError(found)
+    assert re.search(complaint, found)
 
 
 @pytest.mark.parametrize(
