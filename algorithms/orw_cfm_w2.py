@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
+from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Draws, Loss, Rollout, endpoints, register_algorithm
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import renoised
 
 
 @register_algorithm("orw-cfm-w2", paper="arXiv:2502.06061", needs={"endpoint"})
@@ -29,17 +30,20 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
 
     cfg: Config
 
+    def draws(self) -> Draws:
+        return Draws(noises=1, sigma=True)
+
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the raw reward."""
         return endpoints(rollout, rollout.reward)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = policy.renoise(batch.x0)
+        noisy = renoised(batch)
         w = torch.exp(self.cfg.tau * batch.advantage)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         fit = velocity_error(v, noisy.u)
-        loss, metrics = w * fit, {"fit": fit.mean(), "weight": w.mean()}
+        loss, metrics = w * fit, {"fit": fit, "weight": w}
         if self.cfg.alpha:
             w2 = velocity_error(v, policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference"))
-            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2.mean()
+            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2
         return Loss(loss, metrics=metrics)

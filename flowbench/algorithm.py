@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flowbench.errors import RunError
 from flowbench.registry import AlgorithmInfo, register_algorithm
-from flowbench.rollout import Batch, Loss, Rollout, endpoints, pairs, transitions, visited
+from flowbench.rollout import Batch, Compared, Draws, Loss, Rollout, endpoints, pairs, transitions, visited
 
 if TYPE_CHECKING:
     from flowbench.models.policy import Policy
@@ -43,12 +43,17 @@ class Algorithm(Generic[C]):
 
     `score` is the run's reward as a function of images (B, 3, H, W) and prompts; differentiable if the algorithm
     declares the need "reward_grad". `ablations` lists the variants that `flowbench ablate` compares with the default,
-    each as the hyperparameters that it changes.
+    each as the hyperparameters that it changes. `whole_groups` declares that rows of a group must never be cut apart,
+    neither by minibatches nor by microbatches.
+
+    From rollout to update in three steps: `prepare` sees the whole iteration; `measure` and `compare` see a minibatch;
+    `loss` sees rows.
     """
 
     info: ClassVar[AlgorithmInfo]
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     ablations: ClassVar[Sequence[Mapping[str, Any]]] = ()
+    whole_groups: ClassVar[bool] = False
 
     def __init__(self, config: C, score: RewardFunction = no_score) -> None:
         self.cfg = config
@@ -66,12 +71,32 @@ class Algorithm(Generic[C]):
         """Turn a scored rollout into rows for the loss."""
         raise NotImplementedError
 
+    def draws(self) -> Draws:
+        """The noise and sigmas that each row of a minibatch is handed; nothing by default."""
+        return Draws()
+
+    def measure(self, policy: Policy, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Scalars (R,) of some rows that `compare` needs, without gradient; each a function of its row alone."""
+        return {}
+
+    def compare(self, scalars: Mapping[str, torch.Tensor]) -> Compared:
+        """What the scalars of all rows of a minibatch say of each; the one place where rows are compared."""
+        return Compared()
+
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """Per-row, unreduced loss of a minibatch."""
+        """Unreduced loss of some rows of a minibatch.
+
+        Each row's value is a function of that row alone, with what it was handed by `draws` and `compare`, so that
+        nothing depends on how a minibatch is cut. If `whole_groups` is set, rows of a group are always together, and
+        may be compared here too.
+        """
         raise NotImplementedError
 
     def auxiliary_loss(self, policy: Policy, batch: Batch) -> torch.Tensor | None:
-        """Per-row loss of the algorithm's own networks alone, for the steps that `training.auxiliary_steps` adds."""
+        """Per-row loss of the algorithm's own networks alone, for the steps that `training.auxiliary_steps` adds.
+
+        Each such step has noise of its own.
+        """
         return None
 
     def after_update(self, policy: Policy) -> None:
@@ -96,6 +121,8 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "Batch",
+    "Compared",
+    "Draws",
     "Loss",
     "Rollout",
     "endpoints",

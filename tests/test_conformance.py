@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from test_docs import DOCS, first_block
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
+from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Draws, Loss, Rollout, endpoints, register_algorithm
 from flowbench.conformance import Finding, Status, algorithm_claims, check, reward_claims
 from flowbench.conformance.bench import AlgorithmBench, difference
 from flowbench.conformance.reward_claims import RewardBench
@@ -19,6 +19,7 @@ from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.registry import algorithms, load_plugin_file, rewards
 from flowbench.reward import Reward, register_reward
+from flowbench.toolkit.matching import renoised
 
 Main = Callable[..., int]
 # Their updates have a row per sampler step, so that they take longer to learn.
@@ -39,12 +40,15 @@ class Sound(Algorithm["Sound.Config"]):
         torch.manual_seed(0)
         self.baseline = torch.nn.Linear(2, 1)
 
+    def draws(self) -> Draws:
+        return Draws(noises=1, sigma=True)
+
     def prepare(self, rollout: Rollout) -> Batch:
         self.level = 0.9 * self.level + 0.1 * rollout.reward.mean().item()
         return endpoints(rollout, rollout.reward - self.level)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = policy.renoise(batch.x0)
+        noisy = renoised(batch)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         v_ref = policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference")
         value = self.baseline(noisy.x.flatten(1))[:, 0]
