@@ -19,13 +19,16 @@ Deviations and choices where the source leaves them open:
    the expectation is unchanged; the gradient becomes w (v_ref - u) + alpha (v - v_ref), whose noise does not grow with
    the distance from the reference, and with alpha > 0 every row has a minimum. ADRPO's adaptive weight does the same.
 6. With `w2_every` n, the W2 term is measured on every n-th row, n times as heavy: the same expectation for an n-th of
-   the reference's forward passes. Its gradient, alpha (v - v_ref), has no noise of u, so that a few rows tell it.
+   the reference's forward passes. Its gradient, alpha (v - v_ref), has no noise of u, so that a few rows tell it. Which
+   rows they are is decided in `prepare`, over the whole iteration.
 7. With `anchor_decay`, v_ref is a moving average of the policy, updated once per iteration (as in 2404.09656): the
    pull then bounds the policy's speed and not its distance, and the gain does not end where pull and signal balance.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,7 +40,9 @@ from flowbench.algorithm import (
     AlgorithmConfig,
     Batch,
     Choice,
+    Compared,
     Defaults,
+    Draws,
     LogUniform,
     Loss,
     Rollout,
@@ -47,6 +52,8 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.critic import StateCritic, explained_by_sigma
+from flowbench.toolkit.matching import renoised
 from flowbench.toolkit.shaping import Kind, RewardShaping
 
 Weighting = Literal["exp", "softplus", "sigmoid", "linear", "topk"]
@@ -122,14 +129,11 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     def setup(self, policy: Policy) -> None:
         super().setup(policy)
         self.shape = RewardShaping("none" if self.cfg.critic == "direct" else self.cfg.shaping)
-        self.iteration = 0
+        self.warming_up = False
         self.anchor = "reference" if self.cfg.anchor_decay is None else "average"
         if self.anchor == "average":
             policy.add_view("average")
         if self.cfg.critic != "none":
-            # Imported here because it needs torch's classes; see flowbench.lazy.
-            from flowbench.toolkit.critic import StateCritic
-
             torch.manual_seed(0)
             channels, *sides = policy.latent_shape
             self.critic = StateCritic(channels, policy.pooled_width, self.cfg.critic_width, min(sides))
@@ -137,46 +141,68 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     def needs(self) -> frozenset[str]:
         return self.info.needs if self.cfg.states == "trajectory" else frozenset({"endpoint"})
 
+    def draws(self) -> Draws:
+        if self.cfg.states == "trajectory":
+            return Draws()
+        return Draws(noises=1, sigma=True, shared=self.cfg.shared_noise)
+
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the critic's target r_s; the advantage itself depends on the state."""
-        self.iteration = rollout.iteration
+        self.warming_up = rollout.iteration < self.cfg.warmup and self.cfg.critic != "none"
         shaped = self.shape(rollout)
         if self.cfg.states == "trajectory":
-            return visited(rollout, shaped, self.policy.draw_integers(len(rollout.sigmas) - 1, len(rollout)))
-        return endpoints(rollout, shaped, copies=self.cfg.states_per_image)
+            batch = visited(rollout, shaped, self.policy.draw_integers(len(rollout.sigmas) - 1, len(rollout)))
+        else:
+            batch = endpoints(rollout, shaped, copies=self.cfg.states_per_image)
+        row = torch.arange(len(batch), device=shaped.device)
+        # Each copy of the images has the W2 term on other images, and each image in one of n copies.
+        anchored = ((row % len(rollout) + row // len(rollout)) % self.cfg.w2_every == 0).to(shaped.dtype)
+        return replace(batch, scalars={"anchored": anchored / anchored.mean()})
 
-    def loss(self, policy: Policy, batch: Batch) -> Loss:
-        x, sigma, u = self._state(policy, batch)
-        value, critic_loss = self._value(x, sigma, batch)
-        metrics: dict[str, torch.Tensor | float] = {}
-        if critic_loss is not None:
-            from flowbench.toolkit.critic import explained_by_sigma
+    def measure(self, policy: Policy, batch: Batch) -> Mapping[str, torch.Tensor]:
+        if self.cfg.critic == "none":
+            return {"target": batch.advantage, "value": torch.zeros_like(batch.advantage)}
+        x, sigma, _ = self._state(batch)
+        return {"target": batch.advantage, "value": self._value(x, sigma, batch), "sigma": sigma}
 
-            metrics = {"critic_loss": critic_loss.mean(), **explained_by_sigma(value, batch.advantage, sigma)}
-        if self.iteration < self.cfg.warmup and critic_loss is not None:
-            return Loss(None, critic_loss, metrics)
-        advantage = batch.advantage - value
+    def compare(self, scalars: Mapping[str, torch.Tensor]) -> Compared:
+        """Each row's weight w."""
+        value, target = scalars["value"], scalars["target"]
+        metrics = explained_by_sigma(value, target, scalars["sigma"]) if "sigma" in scalars else {}
+        if self.warming_up:
+            return Compared(metrics=metrics)
+        advantage = target - value
         if self.cfg.clip is not None:
             metrics["clipped"] = (advantage.abs() > self.cfg.clip).float().mean()
             advantage = advantage.clamp(-self.cfg.clip, self.cfg.clip)
         w = WEIGHTS[self.cfg.weight](advantage, self.cfg.tau)
         metrics["effective_sample_size"] = w.abs().sum() ** 2 / (len(w) * w.square().sum().clamp_min(1e-12))
-        if self.cfg.center:
-            w = w - w.mean()
+        return Compared({"weight": w - w.mean() if self.cfg.center else w}, metrics)
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        x, sigma, u = self._state(batch)
+        critic_loss = self.auxiliary_loss(policy, batch)
+        metrics = {} if critic_loss is None else {"critic_loss": critic_loss}
+        if self.warming_up:
+            return Loss(None, critic_loss, metrics)
+        w, anchored = batch.scalars["weight"], batch.scalars["anchored"]
         v = policy.velocity(x, sigma, batch.cond)
         fit = velocity_error(v, u)
-        loss = w * fit
-        if self.cfg.alpha or self.cfg.control_variate:
-            some = torch.arange(0, len(x), self.cfg.w2_every, device=x.device)
+        loss, metrics["fit"] = w * fit, fit
+        some = anchored.nonzero()[:, 0]
+        if (self.cfg.alpha or self.cfg.control_variate) and len(some):
             v_ref = policy.velocity(x[some], sigma[some], batch.cond.select(some), weights=self.anchor)
             w2 = velocity_error(v[some], v_ref)
             pull = self.cfg.alpha - w[some] if self.cfg.control_variate else self.cfg.alpha
-            loss, metrics["w2"] = loss.index_add(0, some, pull * w2, alpha=len(x) / len(some)), w2.mean()
-        return Loss(loss, critic_loss, {**metrics, "fit": fit.mean()})
+            loss, metrics["w2"] = loss.index_add(0, some, anchored[some] * (pull * w2)), w2
+        return Loss(loss, critic_loss, metrics)
 
     def auxiliary_loss(self, policy: Policy, batch: Batch) -> torch.Tensor | None:
-        x, sigma, _ = self._state(policy, batch)
-        return self._value(x, sigma, batch)[1]
+        if self.cfg.critic == "none":
+            return None
+        x, sigma, _ = self._state(batch)
+        error = torch.nn.functional.mse_loss if self.cfg.critic_loss == "mse" else torch.nn.functional.huber_loss
+        return error(self._value(x, sigma, batch), batch.advantage, reduction="none")
 
     def after_iteration(self, policy: Policy) -> None:
         if self.cfg.anchor_decay is not None:
@@ -191,17 +217,14 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.shape.running = dict(state["shaping"])
 
-    def _state(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _state(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x_sigma, sigma and the target velocity of the straight path that joins x_sigma to its x0."""
         if self.cfg.states == "renoised":
-            noisy = policy.renoise(batch.x0, share=batch.group if self.cfg.shared_noise else None)
+            noisy = renoised(batch)
             return noisy.x, noisy.sigma, noisy.u
         x, sigma = batch.state()
         return x, sigma, (x - batch.x0) / sigma[:, None, None, None]
 
-    def _value(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.cfg.critic == "none":
-            return torch.zeros_like(batch.advantage), None
-        value = self.critic(x.detach(), sigma, batch.cond.pooled[batch.cond.index])
-        error = torch.nn.functional.mse_loss if self.cfg.critic_loss == "mse" else torch.nn.functional.huber_loss
-        return value.detach(), error(value, batch.advantage, reduction="none")
+    def _value(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
+        value: torch.Tensor = self.critic(x.detach(), sigma, batch.cond.pooled[batch.cond.index])
+        return value

@@ -30,7 +30,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig
+from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig, renoised
 
 
 @register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"})
@@ -57,10 +57,10 @@ class Adrpo(Matching["Adrpo.Config"]):
         return self.rows(rollout, rollout.center(rollout.reward))
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = self.renoise(policy, batch)
+        noisy = renoised(batch)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         v_ref = policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference")
         fit, w2 = velocity_error(v, noisy.u), velocity_error(v, v_ref)
         loss = batch.advantage * fit + (self.cfg.beta0 - batch.advantage) * w2
-        strength = batch.advantage.abs().mean() / self.cfg.beta0
-        return Loss(loss, metrics={"fit": fit.mean(), "w2": w2.mean(), "strength": strength})
+        strength = batch.advantage.abs() / self.cfg.beta0
+        return Loss(loss, metrics={"fit": fit, "w2": w2, "strength": strength})

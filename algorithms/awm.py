@@ -35,7 +35,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, TrailingMatching
+from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, TrailingMatching, renoised
 from flowbench.toolkit.policy_gradient import clipped_surrogate
 
 
@@ -86,20 +86,20 @@ class Awm(TrailingMatching["Awm.Config"]):
         return self.rows(rollout, rollout.normalized_advantage(self.cfg.advantage_clip) / self.cfg.advantage_clip)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = self.renoise(policy, batch)
+        noisy = renoised(batch)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         error = velocity_error(v, noisy.u)
         old_error = velocity_error(policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="old"), noisy.u)
         log_ratio = self.log_prob(error, noisy.sigma) - self.log_prob(old_error, noisy.sigma)
         loss, metrics = clipped_surrogate(batch.advantage, log_ratio, self.cfg.clip_range)
-        metrics["fit"] = error.mean()
+        metrics["fit"] = error
         for name, view, weight in (
             ("w2", "reference", self.cfg.beta),
             ("lag", "average", self.cfg.beta_average),
         ):
             if weight:
                 distance = velocity_error(v, policy.velocity(noisy.x, noisy.sigma, batch.cond, weights=view))
-                loss, metrics[name] = loss + weight * distance, distance.mean()
+                loss, metrics[name] = loss + weight * distance, distance
         return Loss(loss, metrics=metrics)
 
     def log_prob(self, error: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -50,5 +50,5 @@ class Dpok(StepPolicyGradient["Dpok.Config"]):
         loss, metrics = clipped_surrogate(batch.advantage, log_ratio, self.cfg.clip_range)
         if self.cfg.beta:
             kl = self.divergence(policy, batch, step)
-            loss, metrics["kl"] = loss + self.cfg.beta * kl / batch.x0[0].numel(), kl.mean()
+            loss, metrics["kl"] = loss + self.cfg.beta * kl / batch.x0[0].numel(), kl
         return Loss(loss, metrics=metrics)

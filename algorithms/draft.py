@@ -25,6 +25,7 @@ from flowbench.algorithm import (
     Batch,
     Choice,
     Defaults,
+    Draws,
     Loss,
     Rollout,
     endpoints,
@@ -66,6 +67,10 @@ class Draft(Algorithm["Draft.Config"]):
     def needs(self) -> frozenset[str]:
         return self.info.needs - {"states"} if self.cfg.noises else self.info.needs
 
+    def draws(self) -> Draws:
+        """The noise of LV's state, then that of a stochastic sampler's steps."""
+        return Draws(noises=bool(self.cfg.noises) + self.cfg.steps * self.policy.sampler.has_log_prob)
+
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per image, at its state K steps before the end; for LV one per image and draw of noise."""
         self.sigmas = rollout.sigmas[-self.cfg.steps - 1 :]
@@ -75,10 +80,11 @@ class Draft(Algorithm["Draft.Config"]):
         return visited(rollout, rollout.reward, before_end)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
+        noise = batch.x0[:, None] if batch.noise is None else batch.noise  # an ODE's steps have none
         if self.cfg.noises:
-            x = interpolate(batch.x0, policy.draw_noise(len(batch)), self.sigmas[0])
+            x, noise = interpolate(batch.x0, noise[:, 0], self.sigmas[0]), noise[:, 1:]
         else:
             x, _ = batch.state()
-        x0 = policy.denoise(x, self.sigmas, batch.cond)
+        x0 = policy.denoise(x, self.sigmas, batch.cond, noise)
         reward = self.score(policy.decode(x0), batch.prompts)
-        return Loss(-reward, metrics={"reward_replayed": reward.mean()})
+        return Loss(-reward, metrics={"reward_replayed": reward})

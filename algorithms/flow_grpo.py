@@ -69,5 +69,5 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
             if not self.cfg.kl_over_step:
                 taken = batch.transition()
                 kl = kl * (taken.sigma - taken.sigma_next)
-            loss, metrics["kl"] = loss + self.cfg.beta * kl, kl.mean()
+            loss, metrics["kl"] = loss + self.cfg.beta * kl, kl
         return Loss(loss, metrics=metrics)

@@ -34,8 +34,8 @@ from flowbench.algorithm import (
     register_algorithm,
 )
 from flowbench.models.flow import velocity_error
-from flowbench.models.policy import Policy, Renoised
-from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, TrailingMatching
+from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, Renoised, TrailingMatching, renoised
 
 
 @register_algorithm("nft", paper="arXiv:2509.16117", needs={"endpoint", "old"})
@@ -80,17 +80,17 @@ class Nft(TrailingMatching["Nft.Config"]):
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         beta, bound = self.cfg.beta, self.cfg.advantage_clip
-        noisy = self.renoise(policy, batch)
+        noisy = renoised(batch)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         v_old = policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="old")
         r = (batch.advantage / bound / 2 + 0.5).clamp(0, 1)
         positive = self.error((1 - beta) * v_old + beta * v, noisy)
         negative = self.error((1 + beta) * v_old - beta * v, noisy)
         loss = bound / beta * (r * positive + (1 - r) * negative)
-        metrics = {"fit": velocity_error(v, noisy.u).mean(), "old_distance": velocity_error(v, v_old).mean()}
+        metrics = {"fit": velocity_error(v, noisy.u), "old_distance": velocity_error(v, v_old)}
         if self.cfg.kl:
             w2 = velocity_error(v, policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference"))
-            loss, metrics["w2"] = loss + self.cfg.kl * w2, w2.mean()
+            loss, metrics["w2"] = loss + self.cfg.kl * w2, w2
         return Loss(loss, metrics=metrics)
 
     def error(self, w: torch.Tensor, noisy: Renoised) -> torch.Tensor:

@@ -28,6 +28,7 @@ from flowbench.algorithm import (
     AlgorithmConfig,
     Batch,
     Defaults,
+    Draws,
     LogUniform,
     Loss,
     Rollout,
@@ -36,6 +37,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import renoised
 
 
 @register_algorithm("online-dpo", paper="arXiv:2311.12908", needs={"endpoint"})
@@ -65,18 +67,23 @@ class OnlineDpo(Algorithm["OnlineDpo.Config"]):
         "algorithm.beta": LogUniform(10.0, 1000.0),  # 100: Flow-GRPO's DPO baseline
     }
 
+    def draws(self) -> Draws:
+        """Both images of a pair are noised with the same."""
+        return Draws(noises=1, sigma=True)
+
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per prompt and state; `advantage` is the difference of the pair's rewards."""
         return pairs(rollout, copies=self.cfg.states_per_pair)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        row = torch.arange(len(batch), device=batch.x0.device).repeat(2)
-        noisy, cond = policy.renoise(torch.cat(batch.pair()), share=row), batch.cond.select(row)
-        error = velocity_error(policy.velocity(noisy.x, noisy.sigma, cond), noisy.u)
-        error_ref = velocity_error(policy.velocity(noisy.x, noisy.sigma, cond, weights="reference"), noisy.u)
+        pair = [renoised(batch, x0) for x0 in batch.pair()]
+        x, sigma, u = (torch.cat(parts) for parts in zip(*((n.x, n.sigma, n.u) for n in pair), strict=True))
+        cond = batch.cond.select(torch.arange(len(batch), device=x.device).repeat(2))
+        error = velocity_error(policy.velocity(x, sigma, cond), u)
+        error_ref = velocity_error(policy.velocity(x, sigma, cond, weights="reference"), u)
         better, worse = (error - error_ref).chunk(2)
         logit = -self.cfg.beta / 2 * (better - worse)
         differs = (batch.advantage > 0).float()
         loss = -torch.nn.functional.logsigmoid(logit) * differs
-        metrics = {"accuracy": (logit > 0).float().mean(), "logit": logit.mean(), "better": better.mean()}
-        return Loss(loss, metrics={**metrics, "worse": worse.mean(), "pairs": differs.mean()})
+        metrics = {"accuracy": (logit > 0).float(), "logit": logit, "better": better}
+        return Loss(loss, metrics={**metrics, "worse": worse, "pairs": differs})

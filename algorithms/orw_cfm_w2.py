@@ -22,6 +22,7 @@ from flowbench.algorithm import (
     AlgorithmConfig,
     Batch,
     Defaults,
+    Draws,
     LogUniform,
     Loss,
     Rollout,
@@ -31,6 +32,7 @@ from flowbench.algorithm import (
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
 from flowbench.toolkit.defaults import MINI_SD3_LORA
+from flowbench.toolkit.matching import renoised
 
 
 @register_algorithm("orw-cfm-w2", paper="arXiv:2502.06061", needs={"endpoint"})
@@ -55,17 +57,20 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
         "algorithm.alpha": LogUniform(0.1, 10.0),  # 1: reference code, CIFAR
     }
 
+    def draws(self) -> Draws:
+        return Draws(noises=1, sigma=True)
+
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the raw reward."""
         return endpoints(rollout, rollout.reward)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = policy.renoise(batch.x0)
+        noisy = renoised(batch)
         w = torch.exp(self.cfg.tau * batch.advantage)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         fit = velocity_error(v, noisy.u)
-        loss, metrics = w * fit, {"fit": fit.mean(), "weight": w.mean()}
+        loss, metrics = w * fit, {"fit": fit, "weight": w}
         if self.cfg.alpha:
             w2 = velocity_error(v, policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference"))
-            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2.mean()
+            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2
         return Loss(loss, metrics=metrics)

@@ -30,7 +30,7 @@ from flowbench.algorithm import (
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
 from flowbench.toolkit.defaults import MINI_SD3_LORA
-from flowbench.toolkit.matching import Matching, MatchingConfig
+from flowbench.toolkit.matching import Matching, MatchingConfig, renoised
 
 
 @register_algorithm("raft", paper="arXiv:2304.06767", needs={"endpoint"})
@@ -71,11 +71,11 @@ class Raft(Matching["Raft.Config"]):
         return self.rows(rollout, rollout.center(rollout.reward)).select((kept + copies[:, None]).flatten())
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = self.renoise(policy, batch)
+        noisy = renoised(batch)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         fit = velocity_error(v, noisy.u)
-        loss, metrics = fit, {"fit": fit.mean(), "kept": batch.advantage.mean()}
+        loss, metrics = fit, {"fit": fit, "kept": batch.advantage}
         if self.cfg.alpha:
             w2 = velocity_error(v, policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference"))
-            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2.mean()
+            loss, metrics["w2"] = loss + self.cfg.alpha * w2, w2
         return Loss(loss, metrics=metrics)

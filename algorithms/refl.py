@@ -65,4 +65,4 @@ class Refl(Algorithm["Refl.Config"]):
         if self.cfg.alpha:
             v_ref = policy.guided_velocity(x, sigma, batch.cond, weights="reference")
             loss = loss + self.cfg.alpha * velocity_error(v, v_ref)
-        return Loss(loss, metrics={"reward_x0_hat": reward.mean()})
+        return Loss(loss, metrics={"reward_x0_hat": reward})

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flowbench.errors import RunError, UsageError
 from flowbench.registry import AlgorithmInfo, register_algorithm
-from flowbench.rollout import Batch, Loss, Rollout, endpoints, pairs, transitions, visited
+from flowbench.rollout import Batch, Compared, Draws, Loss, Rollout, endpoints, pairs, transitions, visited
 
 if TYPE_CHECKING:
     from flowbench.models.policy import Policy
@@ -162,13 +162,17 @@ class Algorithm(Generic[C]):
 
     `score` is the run's reward as a function of images (B, 3, H, W) and prompts; differentiable if the algorithm
     declares the need "reward_grad". `ablations` lists the variants that `flowbench ablate` compares with the default,
-    each as the hyperparameters that it changes.
+    each as the hyperparameters that it changes. `whole_groups` declares that rows of a group must never be cut apart,
+    neither by minibatches nor by microbatches.
 
     `defaults` are its settings by the name of a model, {"mini-sd3": Defaults(...)}; they stand between those of the
     model's preset and the user's. `search_space` says what a search may vary, by a setting's full name
     ("training.learning_rate", "algorithm.tau"): `COMMON_SEARCH_SPACE` and one to three of its own, each the published
     value within a factor of ten either way, or all the choices. It is the same for every model and reward.
     `flowbench check` refuses a key that is unknown and a value that is invalid, in both.
+
+    From rollout to update in three steps: `prepare` sees the whole iteration; `measure` and `compare` see a minibatch;
+    `loss` sees rows.
     """
 
     info: ClassVar[AlgorithmInfo]
@@ -176,6 +180,7 @@ class Algorithm(Generic[C]):
     ablations: ClassVar[Sequence[Mapping[str, Any]]] = ()
     defaults: ClassVar[Mapping[str, Defaults]] = {}
     search_space: ClassVar[Mapping[str, Dimension]] = COMMON_SEARCH_SPACE
+    whole_groups: ClassVar[bool] = False
 
     def __init__(self, config: C, score: RewardFunction = no_score) -> None:
         self.cfg = config
@@ -193,12 +198,32 @@ class Algorithm(Generic[C]):
         """Turn a scored rollout into rows for the loss."""
         raise NotImplementedError
 
+    def draws(self) -> Draws:
+        """The noise and sigmas that each row of a minibatch is handed; nothing by default."""
+        return Draws()
+
+    def measure(self, policy: Policy, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Scalars (R,) of some rows that `compare` needs, without gradient; each a function of its row alone."""
+        return {}
+
+    def compare(self, scalars: Mapping[str, torch.Tensor]) -> Compared:
+        """What the scalars of all rows of a minibatch say of each; the one place where rows are compared."""
+        return Compared()
+
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        """Per-row, unreduced loss of a minibatch."""
+        """Unreduced loss of some rows of a minibatch.
+
+        Each row's value is a function of that row alone, with what it was handed by `draws` and `compare`, so that
+        nothing depends on how a minibatch is cut. If `whole_groups` is set, rows of a group are always together, and
+        may be compared here too.
+        """
         raise NotImplementedError
 
     def auxiliary_loss(self, policy: Policy, batch: Batch) -> torch.Tensor | None:
-        """Per-row loss of the algorithm's own networks alone, for the steps that `training.auxiliary_steps` adds."""
+        """Per-row loss of the algorithm's own networks alone, for the steps that `training.auxiliary_steps` adds.
+
+        Each such step has noise of its own.
+        """
         return None
 
     def after_update(self, policy: Policy) -> None:
@@ -225,8 +250,10 @@ __all__ = [
     "AlgorithmConfig",
     "Batch",
     "Choice",
+    "Compared",
     "Defaults",
     "Dimension",
+    "Draws",
     "Integers",
     "LogUniform",
     "Loss",

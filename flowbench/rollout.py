@@ -72,6 +72,8 @@ class Batch:
     prompts: R texts; group (R,) int64, rows that belong together and stay in one minibatch where they fit; for
     transitions x, x_next (R, C, h, w), sigma, sigma_next, log_prob_old (R,); for pairs rival (R, C, h, w), the other
     image of the same prompt.
+    In a minibatch each row also has its own noise (R, N, C, h, w) and noise_sigma (R,), as the algorithm's `draws`
+    asks; and scalars, name to (R,): what `prepare` or `compare` says of each row.
     """
 
     prompts: tuple[str, ...]
@@ -85,6 +87,9 @@ class Batch:
     log_prob_old: torch.Tensor | None = None
     group: torch.Tensor | None = None
     rival: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    noise_sigma: torch.Tensor | None = None
+    scalars: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -97,6 +102,15 @@ class Batch:
         if self.x is None or self.sigma is None:
             raise RunError("these rows have no state; make them with visited() or transitions()")
         return self.x, self.sigma
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first noise (R, C, h, w) that each row was handed, and its noise_sigma (R,).
+
+        Raises RunError for rows that have none.
+        """
+        if self.noise is None or self.noise_sigma is None:
+            raise RunError("these rows have no noise; ask for it with draws()")
+        return self.noise[:, 0], self.noise_sigma
 
     def transition(self) -> Transition:
         """The sampler steps of rows made by `transitions`.
@@ -120,8 +134,9 @@ class Batch:
     def select(self, rows: torch.Tensor) -> Batch:
         """The batch of these rows."""
         chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        scalars = {name: value[rows] for name, value in self.scalars.items()}
         prompts = tuple(self.prompts[i] for i in rows.tolist())
-        return replace(self, prompts=prompts, cond=self.cond.select(rows), **chosen)
+        return replace(self, prompts=prompts, cond=self.cond.select(rows), scalars=scalars, **chosen)
 
 
 @dataclass(frozen=True)
@@ -188,14 +203,38 @@ def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """The randomness that each row of a minibatch is handed; the core draws it on the host, for all rows at once.
+
+    noises: standard normal latents per row; sigma: whether it gets a noise level, as `training.sigma_distribution`
+    says; shared: rows of one group get the same.
+    """
+
+    noises: int = 0
+    sigma: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an algorithm makes of the scalars of all rows of a minibatch.
+
+    scalars: name to (R,), handed to each row; metrics: named statistics over the minibatch, for the log.
+    """
+
+    scalars: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, torch.Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Loss:
     """What an algorithm's loss returns.
 
     policy: (R,) unreduced loss of the model being tuned, or None for no policy update on this batch (warm-up);
     auxiliary: (R,) unreduced loss of the algorithm's own networks (a critic), which have their own optimizer;
-    metrics: named scalars for the log.
+    metrics: for the log, named values of the rows, (R,) or fewer where a row has none; the core takes their mean.
     """
 
     policy: torch.Tensor | None
     auxiliary: torch.Tensor | None = None
-    metrics: Mapping[str, torch.Tensor | float] = field(default_factory=dict)
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -1,8 +1,13 @@
-"""The configuration of a run that takes a second: a few images of the embedded model."""
+"""The configuration of a run that takes a second, and the steps of a minibatch as the core takes them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from flowbench.training.rows import Cut, compared, drawn
+
+if TYPE_CHECKING:
+    from flowbench.algorithm import Algorithm, Batch, Loss
 
 SMALL: dict[str, Any] = {
     "training.images": 32,
@@ -14,3 +19,10 @@ SMALL: dict[str, Any] = {
     "evaluation.images_per_prompt": 2,
     "evaluation.splits": ["test"],
 }
+
+
+def minibatch_loss(algorithm: Algorithm, policy: Any, batch: Batch) -> Loss:
+    """The loss of rows that are a whole minibatch in one part; each is handed noise first, if it has none."""
+    if batch.noise is None:
+        batch = drawn(algorithm, policy, batch)
+    return algorithm.loss(policy, compared(algorithm, policy, batch, Cut(len(batch)))[0])

@@ -32,7 +32,7 @@ STUDIED = '''
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
+from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Draws, Loss, Rollout, endpoints, register_algorithm
 from flowbench.models.flow import velocity_error
 
 
@@ -51,7 +51,7 @@ class Studied(Algorithm["Studied.Config"]):
         return endpoints(rollout, rollout.center(rollout.reward))
 
     def loss(self, policy, batch: Batch) -> Loss:
-        noisy = policy.renoise(batch.x0)
+        noisy = renoised(batch)
         loss = self.cfg.scale * batch.advantage * velocity_error(
             policy.velocity(noisy.x, noisy.sigma, batch.cond), noisy.u
         )

@@ -20,9 +20,10 @@ ALGORITHM = '''
 
 from pydantic import Field
 
-from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints, register_algorithm
+from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Draws, Loss, Rollout, endpoints, register_algorithm
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.matching import renoised
 
 
 @register_algorithm("best-half", paper="none", needs={"endpoint"})
@@ -34,11 +35,14 @@ class BestHalf(Algorithm["BestHalf.Config"]):
 
     cfg: Config
 
+    def draws(self) -> Draws:
+        return Draws(noises=1, sigma=True)
+
     def prepare(self, rollout: Rollout) -> Batch:
         return endpoints(rollout, rollout.center(rollout.reward))
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = policy.renoise(batch.x0)
+        noisy = renoised(batch)
         fit = velocity_error(policy.velocity(noisy.x, noisy.sigma, batch.cond), noisy.u)
         kept = (batch.advantage > 0).float()
         return Loss(self.cfg.strength * kept * fit, metrics={"kept": kept.mean()})

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from flowbench.config import RunConfig, resolve_config
-from flowbench.errors import RunError, UsageError
+from flowbench.errors import RunError, RunInterruptedError, UsageError
 from flowbench.experiments.run import build_reward, execute, run_folder
 from flowbench.models.presets import load_preset
 from flowbench.reward import Reward, check_signal, checked_score, register_reward
 from flowbench.scoring.combination import Moments, WeightedSum
 from flowbench.terms import Term, combined_info, parse_reward, path_name, spell, term_names
-from flowbench.training.trainer import CHECKPOINT, RunInterruptedError, Trainer
+from flowbench.training.checkpoint import CHECKPOINT
+from flowbench.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]
@@ -194,7 +195,7 @@ def test_statistics_survive_stopping_and_resuming_bit_for_bit(
     whole = trainer("whole")
     whole.run()
     first = trainer("parts")
-    first.on_iteration = lambda log: setattr(first, "_stop", log.iteration == 1)
+    first.on_iteration = lambda log: setattr(first.stop, "made", log.iteration == 1)
     with pytest.raises(RunInterruptedError):
         first.run()
     second = trainer("parts")
@@ -244,8 +245,8 @@ def test_a_constant_reward_stops_a_run_before_it_changes_anything(
             return torch.zeros(len(images))
 
     trainer = make_trainer(tiny_config("orw-cfm-w2", "zeros"), tmp_path)
-    before = [p.detach().clone() for p in trainer.parameters]
+    before = [p.detach().clone() for p in trainer.updater.parameters]
     with pytest.raises(RunError, match="reward 'zeros' is 0 for all 16 images of iteration 1, so nothing can be"):
         trainer.run()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.updater.parameters, strict=True))
     assert (tmp_path / CHECKPOINT).is_file()

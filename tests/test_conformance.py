@@ -14,6 +14,7 @@ from flowbench.algorithm import (
     AlgorithmConfig,
     Batch,
     Defaults,
+    Draws,
     LogUniform,
     Loss,
     Rollout,
@@ -29,6 +30,7 @@ from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.registry import algorithms, load_plugin_file, rewards
 from flowbench.reward import Reward, register_reward
+from flowbench.toolkit.matching import renoised
 
 Main = Callable[..., int]
 # Their updates have a row per sampler step, so that they take longer to learn.
@@ -49,12 +51,15 @@ class Sound(Algorithm["Sound.Config"]):
         torch.manual_seed(0)
         self.baseline = torch.nn.Linear(2, 1)
 
+    def draws(self) -> Draws:
+        return Draws(noises=1, sigma=True)
+
     def prepare(self, rollout: Rollout) -> Batch:
         self.level = 0.9 * self.level + 0.1 * rollout.reward.mean().item()
         return endpoints(rollout, rollout.reward - self.level)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        noisy = policy.renoise(batch.x0)
+        noisy = renoised(batch)
         v = policy.velocity(noisy.x, noisy.sigma, batch.cond)
         v_ref = policy.velocity(noisy.x, noisy.sigma, batch.cond, weights="reference")
         value = self.baseline(noisy.x.flatten(1))[:, 0]

@@ -223,25 +223,29 @@ def test_denoising_from_a_state_of_a_rollout_reaches_its_image(make_policy: Make
     policy.generator = torch.Generator().manual_seed(5)
     if sampler == "flow-sde":
         policy.draw_noise(6)  # of the first two steps
-    x0 = policy.denoise(samples.states[:, 2], samples.sigmas[2:], cond)
+    noise = torch.stack([policy.draw_noise(3) for _ in samples.sigmas[3:]], 1)
+    x0 = policy.denoise(samples.states[:, 2], samples.sigmas[2:], cond, noise)
     assert torch.allclose(x0, samples.x0, atol=1e-5)
     assert x0.requires_grad
 
 
 @pytest.mark.parametrize("distribution", ["logit-normal", "uniform", "sampler"])
-def test_renoised_states_lie_on_the_path_to_their_image(make_policy: MakePolicy, distribution: str):
+def test_sigmas_are_drawn_from_the_distribution_that_is_named(make_policy: MakePolicy, distribution: str):
     policy = make_policy(sigma_distribution=distribution)
-    x0 = torch.randn(500, *policy.latent_shape)
-    noisy = policy.renoise(x0)
-    assert torch.allclose(noisy.x - noisy.sigma.view(-1, 1, 1, 1) * noisy.u, x0, atol=1e-5)
-    assert torch.allclose(noisy.x + (1 - noisy.sigma.view(-1, 1, 1, 1)) * noisy.u, noisy.u + x0, atol=1e-5)
-    assert noisy.sigma.min() > 0
+    sigma = policy.draw_sigmas(500)
+    assert sigma.min() > 0
     if distribution == "sampler":
-        assert set(noisy.sigma.tolist()) == set(policy.sigmas(policy.preset.num_steps)[:-1].tolist())
+        assert set(sigma.tolist()) == set(policy.sigmas(policy.preset.num_steps)[:-1].tolist())
     else:
         quartiles = {"uniform": (0.25, 0.75), "logit-normal": (0.3375, 0.6625)}[distribution]
-        measured = noisy.sigma.quantile(torch.tensor([0.25, 0.75])).tolist()
+        measured = sigma.quantile(torch.tensor([0.25, 0.75])).tolist()
         assert measured == pytest.approx(quartiles, abs=0.06)
+
+
+def test_the_logit_normal_is_centred_where_it_is_told(make_policy: MakePolicy):
+    logit = make_policy(sigma_distribution="logit-normal", sigma_logit=(0.8, 0.35)).draw_sigmas(2000).logit()
+    assert logit.mean().item() == pytest.approx(0.8, abs=0.04)
+    assert logit.std().item() == pytest.approx(0.35, abs=0.03)
 
 
 def test_a_rollout_depends_on_its_generator_alone(make_policy: MakePolicy):

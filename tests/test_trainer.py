@@ -14,13 +14,16 @@ import torch
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Loss, Rollout, endpoints
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 from flowbench.config import RunConfig, TrainingConfig
-from flowbench.errors import RunError
+from flowbench.errors import RunError, RunInterruptedError
 from flowbench.models.policy import Policy
 from flowbench.registry import algorithms
 from flowbench.reward import Reward, checked_score, register_reward
 from flowbench.rollout import Conditioning
+from flowbench.training.checkpoint import CHECKPOINT
+from flowbench.training.collect import stochastic_steps
+from flowbench.training.rows import shuffled
 from flowbench.training.state import load_state
-from flowbench.training.trainer import CHECKPOINT, RunInterruptedError, Trainer, _shuffled, stochastic_steps
+from flowbench.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]
@@ -72,14 +75,14 @@ def test_every_algorithm_trains_with_finite_metrics_and_changes_the_policy(
     algorithm: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog, clip: Reward
 ):
     trainer = make_trainer(tiny_config(algorithm, "clip", overrides=settings_for(algorithm)), tmp_path, clip)
-    before = copy.deepcopy(trainer.parameters)
+    before = copy.deepcopy(trainer.updater.parameters)
     budget = trainer.run()
     lines = read_log(tmp_path)
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert [line["images"] for line in lines] == [8, 16, 24]
     for line in lines:
         assert all(math.isfinite(v) for v in (line["reward"], line["reward_std"], *line["metrics"].values()))
-    assert changed(trainer.parameters, before)
+    assert changed(trainer.updater.parameters, before)
     assert budget.images == 24
     through_the_reward = "reward_grad" in algorithms.get(algorithm).info.needs
     assert budget.reward_calls > 24 if through_the_reward else budget.reward_calls == 24
@@ -97,7 +100,7 @@ def test_a_seed_decides_every_metric_and_every_weight(
     torch.rand(7)  # the global generator is nobody's source
     two.run()
     assert read_log(tmp_path / "one") == read_log(tmp_path / "two")
-    assert not changed(one.parameters, two.parameters)
+    assert not changed(one.updater.parameters, two.updater.parameters)
 
 
 def test_another_seed_gives_another_run(
@@ -121,15 +124,15 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     whole.run()
 
     first = make_trainer(config, tmp_path / "parts")
-    first.on_iteration = lambda log: setattr(first, "_stop", log.iteration == 1)
+    first.on_iteration = lambda log: setattr(first.stop, "made", log.iteration == 1)
     with pytest.raises(RunInterruptedError, match="interrupted after iteration 1 of 3"):
         first.run()
     second = make_trainer(config, tmp_path / "parts")
     assert second.resume()
     assert second.iteration == 1
     assert second.run().images == 24
-    assert not changed(second.parameters, whole.parameters)
-    assert not changed(second.average, whole.average)
+    assert not changed(second.updater.parameters, whole.updater.parameters)
+    assert not changed(second.updater.average, whole.updater.average)
     assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
     assert_equal_trees(*(load_state(tmp_path / name / CHECKPOINT) for name in ("parts", "whole")))
 
@@ -172,7 +175,7 @@ def test_a_crash_loses_at_most_the_work_since_the_last_checkpoint(
     assert resumed.iteration == 2
     assert len(read_log(tmp_path / "parts")) == 2
     resumed.run()
-    assert not changed(resumed.parameters, whole.parameters)
+    assert not changed(resumed.updater.parameters, whole.updater.parameters)
     assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
 
 
@@ -210,7 +213,7 @@ def test_a_nan_reward_stops_the_run_by_name_and_leaves_a_checkpoint_to_continue_
     resumed.run()
     whole = make_trainer(config, tmp_path / "whole", reward=healthy)
     whole.run()
-    assert not changed(resumed.parameters, whole.parameters)
+    assert not changed(resumed.updater.parameters, whole.updater.parameters)
     # The iteration that failed is counted once, when it is done.
     for counted in ("images", "reward_calls", "function_evaluations"):
         assert getattr(resumed.budget, counted) == getattr(whole.budget, counted), counted
@@ -228,6 +231,12 @@ def test_a_wrong_shape_or_count_of_rewards_is_named():
         checked_score(Flat(), torch.zeros(2, 3, 4, 4), ("a", "b"))
     with pytest.raises(RunError, match="was given 2 images for 1 prompts"):
         checked_score(Flat(), torch.zeros(2, 3, 4, 4), ("a",))
+
+
+def train_with(trainer: Trainer, algorithm: Algorithm) -> None:
+    """Put another algorithm in a trainer's hands."""
+    for part in (trainer, trainer.collector, trainer.updater):
+        part.algorithm = algorithm
 
 
 class Broken(OrwCfmW2):
@@ -258,11 +267,11 @@ def test_a_faulty_loss_stops_the_run_by_name_before_it_touches_the_weights(
     faulty = Broken(trainer.algorithm.cfg)
     faulty.setup(trainer.policy)
     Broken.make = staticmethod(make)
-    trainer.algorithm = faulty
-    before = copy.deepcopy(trainer.parameters)
+    train_with(trainer, faulty)
+    before = copy.deepcopy(trainer.updater.parameters)
     with pytest.raises(RunError, match=complaint):
         trainer.run()
-    assert not changed(trainer.parameters, before)
+    assert not changed(trainer.updater.parameters, before)
 
 
 class Quadratic(Algorithm["Quadratic.Config"]):
@@ -278,7 +287,7 @@ class Quadratic(Algorithm["Quadratic.Config"]):
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         p = policy.trainable_parameters()[0]
-        return Loss(batch.advantage * p.square().sum(), metrics={"strength": batch.advantage.mean()})
+        return Loss(batch.advantage * p.square().sum(), metrics={"strength": batch.advantage})
 
 
 @pytest.mark.parametrize("microbatch", [None, 8, 3, 1])
@@ -293,8 +302,8 @@ def test_microbatches_give_the_gradient_of_the_whole_minibatch(
         "training.max_grad_norm": 1e9,
     }
     trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
-    trainer.algorithm = Quadratic(Quadratic.Config())
-    norm = trainer.parameters[0].detach().norm().item()
+    train_with(trainer, Quadratic(Quadratic.Config()))
+    norm = trainer.updater.parameters[0].detach().norm().item()
     logs = []
     trainer.on_iteration = logs.append
     trainer.run()
@@ -307,9 +316,11 @@ def test_the_gradient_norm_is_clipped(tmp_path: Path, tiny_config: MakeConfig, m
     overrides = {"training.images": 16, "training.minibatch": 16, "training.max_grad_norm": 1e-3}
     trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
     norms = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (
-        norms.append(torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm().item()),
+    step = trainer.updater.optimizer.step
+    trainer.updater.optimizer.step = lambda: (
+        norms.append(
+            torch.stack([p.grad.norm() for p in trainer.updater.parameters if p.grad is not None]).norm().item()
+        ),
         step(),
     )
     trainer.run()
@@ -321,13 +332,13 @@ def test_the_average_follows_the_weights_by_its_decay(
 ):
     overrides = {"training.images": 16, "training.minibatch": 16, "training.ema": 0.75}
     trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
-    before = copy.deepcopy([p.detach() for p in trainer.parameters])
+    before = copy.deepcopy([p.detach() for p in trainer.updater.parameters])
     trainer.run()
-    for a, b, p in zip(trainer.average, before, trainer.parameters, strict=True):
+    for a, b, p in zip(trainer.updater.average, before, trainer.updater.parameters, strict=True):
         assert torch.allclose(a, 0.75 * b + 0.25 * p, atol=1e-6)
-    average = copy.deepcopy(trainer.average)
-    trainer.use_average()
-    assert not changed([p.detach() for p in trainer.parameters], average)
+    average = copy.deepcopy(trainer.updater.average)
+    trainer.updater.use_average()
+    assert not changed([p.detach() for p in trainer.updater.parameters], average)
 
 
 def test_groups_are_the_images_of_one_prompt(tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer):
@@ -348,7 +359,7 @@ def test_minibatches_keep_the_rows_of_a_group_together():
     group = torch.tensor([0, 1, 2, 3] * 3)
     batch = Batch((("a",) * 12), Conditioning(*torch.zeros(3, 12)), torch.zeros(12, 1), torch.zeros(12), group=group)
     for seed in range(5):
-        rows = _shuffled(batch, torch.Generator().manual_seed(seed))
+        rows = shuffled(batch, torch.Generator().manual_seed(seed))
         assert sorted(rows.tolist()) == list(range(12))
         assert all(len(set(group[part].tolist())) == 1 for part in rows.split(3))
 

@@ -14,6 +14,7 @@ from flowbench.config import resolve_config
 from flowbench.conformance.bench import PATIENCE, AlgorithmBench, difference, finished, state
 from flowbench.conformance.declarations import declaration_fault
 from flowbench.conformance.learning import t_interval
+from flowbench.conformance.row_claims import loss_is_a_function_of_rows
 from flowbench.conformance.verdict import Claim, Finding, Verdict, examine, failed, passed, skipped
 from flowbench.conformance.watch import LossCall, Part
 from flowbench.errors import UsageError
@@ -202,6 +203,7 @@ CLAIMS: tuple[Claim[AlgorithmBench], ...] = (
     Claim("metadata is complete", metadata_is_complete),
     Claim("declared needs are honoured", needs_are_honoured),
     Claim("the loss is per row and finite", loss_is_per_row),
+    Claim("the loss is a function of rows", loss_is_a_function_of_rows),
     Claim("gradients reach only what is trained", gradients_stay_in_place),
     Claim("state round-trips bit for bit", state_round_trips),
     Claim("resuming is exact", resuming_is_exact),

@@ -28,7 +28,8 @@ from flowbench.models.presets import AnalyticPreset, load_preset
 from flowbench.prompts import load_split
 from flowbench.registry import algorithms
 from flowbench.reward import Reward
-from flowbench.training.trainer import METRICS, IterationLog, Trainer
+from flowbench.training.checkpoint import METRICS
+from flowbench.training.trainer import IterationLog, Trainer
 
 CPU = torch.device("cpu")
 SHORT = {
@@ -187,7 +188,7 @@ def finished(trainer: Trainer) -> Finished:
 
 def state(trainer: Trainer) -> dict[str, Any]:
     """What a checkpoint must keep, by name."""
-    optimizers = {"optimizer": trainer.optimizer, "auxiliary optimizer": trainer.auxiliary_optimizer}
+    optimizers = {"optimizer": trainer.updater.optimizer, "auxiliary optimizer": trainer.updater.auxiliary_optimizer}
     return {
         "policy": trainer.policy.state_dict(),
         **{name: optimizer.state_dict() for name, optimizer in optimizers.items() if optimizer},

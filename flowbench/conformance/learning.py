@@ -39,7 +39,7 @@ class Learned:
 def measure(trainer: Trainer, untouched: Policy, reward: Reward) -> Learned:
     """Train to the end, and evaluate against an untouched policy of the same model."""
     trainer.run()
-    trainer.use_average()
+    trainer.updater.use_average()
     tuned, seed = trainer.policy, trainer.config.seed
     assert isinstance(tuned, AnalyticPolicy)
     assert isinstance(untouched, AnalyticPolicy)

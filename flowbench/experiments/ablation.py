@@ -20,7 +20,7 @@ from flowbench.registry import algorithms
 from flowbench.reporting.leaderboard import Cell, markdown_table, over_seeds
 from flowbench.reporting.plots import TRUTH
 from flowbench.terms import parse_reward, path_name
-from flowbench.training.trainer import METRICS
+from flowbench.training.checkpoint import METRICS
 
 DEFAULT = "default"
 DEGRADED = -0.05  # change of the truth below which a run has degraded

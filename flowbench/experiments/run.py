@@ -37,7 +37,8 @@ from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Rollout
 from flowbench.terms import path_name
 from flowbench.testbeds.shapes.truth import truth
-from flowbench.training.trainer import CHECKPOINT, METRICS, IterationLog, Trainer
+from flowbench.training.checkpoint import CHECKPOINT, METRICS
+from flowbench.training.trainer import IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
 TRUTH_EVERY = 4  # iterations; the oracle is not free
@@ -134,7 +135,7 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     if device.type != "cpu":  # now, because training moves the text encoders off the device
         policy.encode([p.text for split in splits for p in spread(split, config.evaluation.prompts)])
     budget = trainer.run()
-    trainer.use_average()
+    trainer.updater.use_average()
     policy.save(folder / "checkpoints" / "tuned")
     evaluation_begun = time.perf_counter()
     judges = judges or build_judges(config, reward, preset, device)

@@ -20,7 +20,7 @@ from flowbench.errors import RunError, RunInterruptedError
 from flowbench.experiments.run import DONE, RECORD, Listener, execute, release_memory, run_folder
 from flowbench.record import Record, load_record
 from flowbench.registry import load_plugin_file
-from flowbench.training.trainer import CHECKPOINT, METRICS
+from flowbench.training.checkpoint import CHECKPOINT, METRICS
 
 POLL_SECONDS = 1.0
 INTERRUPTED = "interrupted; finished runs are kept, the same command continues"

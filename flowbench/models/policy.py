@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowbench.errors import RunError, UsageError
-from flowbench.models.flow import SAMPLERS, Sampler, Step, gaussian_log_prob, get_sampler, interpolate
+from flowbench.models.flow import SAMPLERS, Sampler, Step, gaussian_log_prob, get_sampler
 from flowbench.models.lora import TRAINED, AdapterState, adapter_parameters, add_adapter, save_adapter
 from flowbench.models.presets import ModelPreset
 from flowbench.rollout import Conditioning
@@ -36,15 +36,6 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Renoised:
-    """x_sigma (R, C, h, w) on the straight path between x0 and fresh noise, sigma (R,), and its target velocity u."""
-
-    x: torch.Tensor
-    sigma: torch.Tensor
-    u: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Samples:
     """The result of `Policy.rollout`; shapes as in `rollout.Rollout`."""
 
@@ -59,7 +50,7 @@ class Policy:
 
     Weight views: "current" is trained, "reference" is the model before tuning; "old" (behaviour policy) and "average"
     (slow average) exist for algorithms that ask for them. With LoRA a view is an adapter state of one module; with full
-    tuning it is a frozen copy. `generator` supplies all randomness of `renoise` and of `rollout`; the trainer sets it.
+    tuning it is a frozen copy. `generator` supplies all randomness of `rollout` and of the draws; the trainer sets it.
     `num_steps` and `guidance_scale` are those of training; None means the preset's.
     """
 
@@ -194,6 +185,11 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, self.model_dtype)
 
+    def double(self) -> None:
+        """Compute in float64 from here on; for checks of small models."""
+        for module in (self.transformer, *self._copies.values()):
+            module.double()
+
     def add_view(self, name: str) -> None:
         """Make a view of EXTRA_VIEWS: a copy of the current weights, moved by `update_view`."""
         if name not in EXTRA_VIEWS:
@@ -285,12 +281,8 @@ class Policy:
         """Width of the pooled text embedding."""
         return int(self.transformer.config.pooled_projection_dim)
 
-    def renoise(self, x0: torch.Tensor, share: torch.Tensor | None = None) -> Renoised:
-        """x0 mixed with fresh noise at fresh sigmas; `sigma_distribution` says how sigma is drawn.
-
-        Rows with the same number in `share` (R,) get the same noise and the same sigma.
-        """
-        eps, n = self._randn(x0.shape), len(x0)
+    def draw_sigmas(self, n: int) -> torch.Tensor:
+        """n noise levels in (0, 1], as `sigma_distribution` says."""
         if self.sigma_distribution == "logit-normal":
             mean, std = self.sigma_logit
             sigma = torch.sigmoid(mean + std * torch.randn(n, generator=self.generator))
@@ -304,11 +296,7 @@ class Policy:
                 f"unknown training.sigma_distribution '{self.sigma_distribution}'; "
                 "use 'logit-normal', 'uniform' or 'sampler'"
             )
-        sigma = sigma.to(self.device)
-        if share is not None:
-            drawn = share.unique(return_inverse=True)[1]
-            eps, sigma = eps[drawn], sigma[drawn]
-        return Renoised(interpolate(x0, eps, sigma), sigma, eps - x0)
+        return sigma.to(self.device)
 
     @torch.no_grad()
     def rollout(
@@ -362,14 +350,14 @@ class Policy:
         """The Gaussian of the training sampler's step from x (R, C, h, w) at sigma (R,) to sigma_next (R,)."""
         return self.sampler.step(x, self.guided_velocity(x, sigma, cond, weights), sigma, sigma_next, self.eta)
 
-    def denoise(self, x: torch.Tensor, sigmas: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    def denoise(self, x: torch.Tensor, sigmas: torch.Tensor, cond: Conditioning, noise: torch.Tensor) -> torch.Tensor:
         """The image latents x0 that the training sampler reaches from x (R, C, h, w) along sigmas (K + 1,).
 
-        Unlike `rollout` with gradient, through all K steps.
+        Unlike `rollout` with gradient, through all K steps. noise (R, K, C, h, w) is that of a stochastic sampler.
         """
-        for sigma, sigma_next in pairwise(sigmas):
+        for k, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
             step = self.transition(x, sigma.expand(len(x)), sigma_next.expand(len(x)), cond)
-            x = step.mean + step.std * self._randn(x.shape) if self.sampler.has_log_prob else step.mean
+            x = step.mean + step.std * noise[:, k] if self.sampler.has_log_prob else step.mean
         return x
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

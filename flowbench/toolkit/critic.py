@@ -47,10 +47,11 @@ class StateCritic(nn.Module):
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """V(x_sigma, sigma, c), (R,)."""
-        phase = sigma.float()[:, None] * self.frequency
-        condition = torch.cat([self.text(pooled.float()), self.noise(torch.cat([phase.sin(), phase.cos()], 1))], 1)
+        dtype = self.frequency.dtype
+        phase = sigma.to(dtype)[:, None] * self.frequency
+        condition = torch.cat([self.text(pooled.to(dtype)), self.noise(torch.cat([phase.sin(), phase.cos()], 1))], 1)
         scale, shift = self.gain(condition)[:, :, None, None].chunk(2, dim=1)
-        x = x.float().contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
         features = torch.nn.functional.silu(self.conv(x) * (1 + scale) + shift).flatten(1)
         value: torch.Tensor = self.head(torch.cat([features, condition], 1))[:, 0]
         return value

@@ -1,16 +1,34 @@
-"""What algorithms share that regress velocities on images noised again: how many states, and which noise."""
+"""What algorithms share that regress velocities on images noised again: the states, how many, and which noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig
-from flowbench.models.policy import Policy, Renoised
-from flowbench.rollout import Batch, Rollout, endpoints
+from flowbench.models.flow import interpolate
+from flowbench.models.policy import Policy
+from flowbench.rollout import Batch, Draws, Rollout, endpoints
+
+
+@dataclass(frozen=True)
+class Renoised:
+    """x_sigma (R, C, h, w) on the straight path between x0 and noise, sigma (R,), and its target velocity u."""
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    u: torch.Tensor
+
+
+def renoised(batch: Batch, x0: torch.Tensor | None = None) -> Renoised:
+    """The rows' images, or other latents x0 (R, C, h, w), mixed with the noise and at the sigma that each row has."""
+    eps, sigma = batch.draw()
+    x0 = batch.x0 if x0 is None else x0
+    return Renoised(interpolate(x0, eps, sigma), sigma, eps - x0)
 
 
 class MatchingConfig(AlgorithmConfig):
@@ -33,13 +51,13 @@ class Matching(Algorithm[M]):
         """`states_per_image` rows per image: all images, and all of them again."""
         return endpoints(rollout, advantage, copies=self.cfg.states_per_image)
 
-    def renoise(self, policy: Policy, batch: Batch) -> Renoised:
-        """Fresh states of the rows; with `shared_noise` the images of a prompt differ by x0 alone.
+    def draws(self) -> Draws:
+        """One noisy state per row; with `shared_noise` the images of a prompt differ by x0 alone.
 
         Sharing leaves the expectation of the loss as it is; where a prompt's advantages sum to zero, most of the
         noise's part of the gradient cancels.
         """
-        return policy.renoise(batch.x0, share=batch.group if self.cfg.shared_noise else None)
+        return Draws(noises=1, sigma=True, shared=self.cfg.shared_noise)
 
 
 class TrailingMatching(Matching[M]):

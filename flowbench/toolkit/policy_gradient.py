@@ -59,12 +59,12 @@ S = TypeVar("S", bound=StepConfig)
 def clipped_surrogate(
     advantage: torch.Tensor, log_ratio: torch.Tensor, clip_range: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), PPO (1707.06347, eq. 7), (R,), and its metrics."""
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)), PPO (1707.06347, eq. 7), (R,), and its metrics per row."""
     rho = log_ratio.exp()
     clipped = rho.clamp(1 - clip_range, 1 + clip_range)
     outside = ((rho - 1).abs() > clip_range).float()
     loss = torch.maximum(-advantage * rho, -advantage * clipped)
-    return loss, {"clipped": outside.mean(), "log_ratio": log_ratio.mean()}
+    return loss, {"clipped": outside, "log_ratio": log_ratio}
 
 
 class StepPolicyGradient(Algorithm[S]):

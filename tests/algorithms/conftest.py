@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from flowbench.models.flow import Step, gaussian_log_prob
-from flowbench.models.policy import Renoised
 from flowbench.rollout import Batch, Conditioning, Rollout
 
 
@@ -31,17 +30,20 @@ def make_rows(x0: torch.Tensor, advantage: torch.Tensor, **parts: Any) -> Batch:
 
 
 class OneState:
-    """Many images noised to the same state: E[. | x] is the mean over rows, and the velocity there a free vector.
+    """Many images of 0 in one state: E[. | x] is the mean over rows, and the velocity there a free vector.
 
-    u (R, 1, 1, D): the rows' target velocities; views: the velocity (D,) of each weight view.
+    u (R, 1, 1, D): the rows' noise, and so their target velocities; views: the velocity (D,) of each weight view.
     """
 
     def __init__(self, u: torch.Tensor, sigma: float = 0.4, **views: torch.Tensor) -> None:
         self.u, self.sigma, self.views = u, sigma, views
         self.updates: list[tuple[str, float]] = []
 
-    def renoise(self, x0: torch.Tensor, share: torch.Tensor | None = None) -> Renoised:
-        return Renoised(torch.zeros_like(self.u), torch.full((len(self.u),), self.sigma, dtype=self.u.dtype), self.u)
+    def draw_noise(self, n: int) -> torch.Tensor:
+        return self.u.expand(n, *self.u.shape[1:])  # of images that are 0, so that u = eps
+
+    def draw_sigmas(self, n: int) -> torch.Tensor:
+        return torch.full((n,), self.sigma, dtype=self.u.dtype)
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current"):
         return self.views[weights].expand_as(x)

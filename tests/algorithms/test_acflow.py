@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.acflow import WEIGHTS, AcFlow
 from flowbench.config import RunConfig
@@ -17,6 +18,8 @@ from flowbench.models.flow import interpolate
 from flowbench.models.policy import Policy
 from flowbench.rollout import Conditioning, Rollout
 from flowbench.toolkit.critic import StateCritic, explained_variance
+from flowbench.toolkit.matching import renoised
+from flowbench.training.rows import drawn
 from flowbench.training.trainer import Trainer
 
 PLAIN = {
@@ -30,7 +33,14 @@ PLAIN = {
     "algorithm.states": "renoised",
     "algorithm.states_per_image": 1,
 }
-LINEAR: dict[str, Any] = {"critic": "none", "shaping": "none", "clip": None, "weight": "linear", "center": True}
+LINEAR: dict[str, Any] = {
+    "critic": "none",
+    "shaping": "none",
+    "clip": None,
+    "weight": "linear",
+    "center": True,
+    "shared_noise": False,
+}
 
 
 @pytest.fixture
@@ -70,14 +80,14 @@ def test_without_a_critic_it_equals_orw_cfm_w2_bit_for_bit(
     shared |= {"training.prompts_per_iteration": 2, "training.images": 16, "training.minibatch": 4}
     ours = make_trainer(tiny_config("acflow", overrides={**shared, **PLAIN}), tmp_path / "acflow")
     theirs = make_trainer(tiny_config("orw-cfm-w2", overrides=shared), tmp_path / "orw")
-    start = copy.deepcopy(ours.parameters)
+    start = copy.deepcopy(ours.updater.parameters)
     logs: dict[str, list] = {"ours": [], "theirs": []}
     ours.on_iteration, theirs.on_iteration = logs["ours"].append, logs["theirs"].append
     ours.run()
     theirs.run()
-    for a, b in zip(ours.parameters, theirs.parameters, strict=True):
+    for a, b in zip(ours.updater.parameters, theirs.updater.parameters, strict=True):
         assert torch.equal(a, b)
-    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters, start, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(ours.updater.parameters, start, strict=True))
     for a, b in zip(logs["ours"], logs["theirs"], strict=True):
         assert a.reward == b.reward
         assert a.metrics["fit"] == b.metrics["fit"]
@@ -93,7 +103,7 @@ def test_without_a_critic_its_loss_equals_that_of_orw_cfm_w2_bit_for_bit(shared_
     losses = []
     for algorithm in (ours, theirs):
         shared_policy.generator = torch.Generator().manual_seed(4)
-        losses.append(algorithm.loss(shared_policy, algorithm.prepare(rollout)).policy)
+        losses.append(minibatch_loss(algorithm, shared_policy, algorithm.prepare(rollout)).policy)
     assert torch.equal(*losses)
 
 
@@ -102,13 +112,15 @@ def test_warm_up_trains_the_critic_and_leaves_the_policy_alone(
 ):
     warmup = {"algorithm.critic": "shaped", "algorithm.warmup": 2, "training.images": 48}
     trainer = make_trainer(tiny_config("acflow", overrides=warmup), tmp_path)
-    policy_before = copy.deepcopy(trainer.parameters)
-    critic = trainer.auxiliary_parameters
+    policy_before = copy.deepcopy(trainer.updater.parameters)
+    critic = trainer.updater.auxiliary_parameters
     critic_before = copy.deepcopy(critic)
     changed = []
 
     def compare(log: object) -> None:
-        changed.append(any(not torch.equal(a, b) for a, b in zip(trainer.parameters, policy_before, strict=True)))
+        changed.append(
+            any(not torch.equal(a, b) for a, b in zip(trainer.updater.parameters, policy_before, strict=True))
+        )
 
     trainer.on_iteration = compare
     trainer.run()
@@ -126,7 +138,7 @@ def test_the_critics_gradient_stays_out_of_the_policy_and_the_other_way_round(ma
     policy = make_policy()
     algorithm = build(policy, critic="shaped", shaping="center")
     torch.nn.init.normal_(algorithm.critic.head[-1].weight)
-    loss = algorithm.loss(policy, algorithm.prepare(rollout))
+    loss = minibatch_loss(algorithm, policy, algorithm.prepare(rollout))
     loss.auxiliary.mean().backward(retain_graph=True)
     assert all(p.grad is None for p in policy.trainable_parameters())
     critic_gradient = [p.grad.clone() for p in algorithm.critic.parameters()]
@@ -193,10 +205,11 @@ class ConstantVelocity:
         self.v = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
         self.u = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).view(4, 1, 1, 1)
 
-    def renoise(self, x0: torch.Tensor, share: torch.Tensor | None = None) -> Any:
-        from flowbench.models.policy import Renoised
+    def draw_noise(self, n: int) -> torch.Tensor:
+        return self.u  # of images that are 0
 
-        return Renoised(x0, torch.full((4,), 0.5, dtype=torch.float64), self.u)
+    def draw_sigmas(self, n: int) -> torch.Tensor:
+        return torch.full((n,), 0.5, dtype=torch.float64)
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, cond: object, weights: str = "current") -> torch.Tensor:
         return self.v.expand_as(x) if weights == "current" else torch.full_like(x, 0.25)
@@ -223,13 +236,22 @@ def test_its_minimiser_is_the_weighted_mean_of_target_and_reference_velocities()
     w = torch.exp(tau * reward).view(4, 1, 1, 1)
     best = ((w * policy.u).mean() + alpha * 0.25) / (w.mean() + alpha)
     algorithm = AcFlow(
-        AcFlow.Config(critic="none", shaping="none", clip=None, weight="exp", center=False, tau=tau, alpha=alpha)
+        AcFlow.Config(
+            critic="none",
+            shaping="none",
+            clip=None,
+            weight="exp",
+            center=False,
+            shared_noise=False,
+            tau=tau,
+            alpha=alpha,
+        )
     )
     algorithm.setup(policy)
     batch = algorithm.prepare(constant_rollout(reward))
     for offset, sign in ((0.0, 0), (0.1, 1), (-0.1, -1)):
         policy.v = (best + offset).detach().view(1, 1, 1, 1).requires_grad_()
-        (gradient,) = torch.autograd.grad(algorithm.loss(policy, batch).policy.mean(), policy.v)
+        (gradient,) = torch.autograd.grad(minibatch_loss(algorithm, policy, batch).policy.mean(), policy.v)
         assert round(gradient.item(), 9) == 0 if sign == 0 else gradient.item() * sign > 0.01
 
 
@@ -238,7 +260,7 @@ def gradients(policy: ConstantVelocity, reward: torch.Tensor, v: float, **settin
     algorithm = AcFlow(AcFlow.Config(**LINEAR, **settings))
     algorithm.setup(policy)
     policy.v = torch.full((1, 1, 1, 1), v, dtype=torch.float64, requires_grad=True)
-    rows = algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy
+    rows = minibatch_loss(algorithm, policy, algorithm.prepare(constant_rollout(reward))).policy
     return torch.stack([torch.autograd.grad(row, policy.v, retain_graph=True)[0].squeeze() for row in rows])
 
 
@@ -296,7 +318,7 @@ def test_measured_on_every_kth_row_the_w2_term_asks_the_reference_for_those_rows
 ):
     algorithm = build(shared_policy, states_per_image=3, w2_every=4)
     before = shared_policy.function_evaluations
-    algorithm.loss(shared_policy, algorithm.prepare(rollout))
+    minibatch_loss(algorithm, shared_policy, algorithm.prepare(rollout))
     assert shared_policy.function_evaluations - before == 36 + 9
 
 
@@ -321,7 +343,7 @@ def test_an_anchor_that_trails_the_policy_bounds_its_speed_and_not_its_distance(
     algorithm = AcFlow(AcFlow.Config(alpha=alpha, anchor_decay=decay, **LINEAR))
     algorithm.setup(policy)
     for n in range(1, 6):
-        loss = algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy.mean()
+        loss = minibatch_loss(algorithm, policy, algorithm.prepare(constant_rollout(reward))).policy.mean()
         (gradient,) = torch.autograd.grad(loss, policy.v)
         policy.v = (policy.v - gradient / (2 * alpha)).detach().requires_grad_()  # the minimum: curvature is 2 alpha
         algorithm.after_iteration(policy)
@@ -336,10 +358,10 @@ def test_centred_weights_average_to_zero_and_clipped_advantages_stay_in_bounds()
     fit = (5.0 - policy.u).square().flatten()
 
     def weights(**settings: Any) -> torch.Tensor:
-        settings = {"critic": "none", "shaping": "none", "alpha": 0.0, "weight": "linear", "tau": 1.0, **settings}
+        settings = {**LINEAR, "alpha": 0.0, "tau": 1.0, **settings}
         algorithm = AcFlow(AcFlow.Config(**settings))
         algorithm.setup(policy)
-        return (algorithm.loss(policy, algorithm.prepare(constant_rollout(reward))).policy / fit).detach()
+        return (minibatch_loss(algorithm, policy, algorithm.prepare(constant_rollout(reward))).policy / fit).detach()
 
     assert weights(clip=2.0, center=False).tolist() == pytest.approx([-2.0, 0.5, 0.25, 2.0])
     assert weights(clip=None, center=False).tolist() == pytest.approx(reward.tolist())
@@ -370,7 +392,7 @@ def test_the_target_velocity_of_a_visited_state_leads_straight_to_its_endpoint(s
     spy.__class__ = Spy
     settings = {"critic": "none", "shaping": "none", "alpha": 0.0, "clip": None, "center": False, "weight": "exp"}
     algorithm = build(spy, states="trajectory", tau=1e-9, **settings)  # all weights are 1
-    loss = algorithm.loss(spy, algorithm.prepare(rollout)).policy
+    loss = minibatch_loss(algorithm, spy, algorithm.prepare(rollout)).policy
     u = (seen["x"] - rollout.x0) / seen["sigma"].view(-1, 1, 1, 1)
     assert torch.allclose(loss, u.square().flatten(1).mean(1), rtol=1e-5)
     assert torch.allclose(seen["x"] - seen["sigma"].view(-1, 1, 1, 1) * u, rollout.x0, atol=1e-5)
@@ -385,7 +407,7 @@ def test_several_states_per_image_are_rows_of_their_own(shared_policy: Policy, r
 
 def test_the_images_of_a_prompt_share_noise_and_other_rows_do_not(shared_policy: Policy, rollout: Rollout):
     batch = build(shared_policy, states_per_image=2).prepare(rollout)
-    noisy = shared_policy.renoise(batch.x0, share=batch.group)
+    noisy = renoised(drawn(build(shared_policy, states_per_image=2), shared_policy, batch))
     eps = (noisy.u + batch.x0).round(decimals=4)
     rows = {tuple(e.flatten().tolist()[:8]) for e in eps}
     assert len(rows) == 2 * len(set(rollout.prompts))
@@ -446,12 +468,13 @@ def test_more_auxiliary_steps_train_the_critic_further_and_leave_the_first_polic
     for steps in (1, 5):
         config = tiny_config("acflow", overrides={**shared, "training.auxiliary_steps": steps})
         trainers.append(make_trainer(config, tmp_path / str(steps)))
-        start = copy.deepcopy(trainers[-1].auxiliary_parameters)
+        start = copy.deepcopy(trainers[-1].updater.auxiliary_parameters)
         trainers[-1].run()
     one, five = trainers
     moved = [
-        sum((p - q).square().sum().item() for p, q in zip(t.auxiliary_parameters, start, strict=True)) for t in trainers
+        sum((p - q).square().sum().item() for p, q in zip(t.updater.auxiliary_parameters, start, strict=True))
+        for t in trainers
     ]
     assert moved[1] > moved[0] > 0
-    for a, b in zip(one.parameters, five.parameters, strict=True):
+    for a, b in zip(one.updater.parameters, five.updater.parameters, strict=True):
         assert torch.equal(a, b)

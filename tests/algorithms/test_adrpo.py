@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.adrpo import Adrpo
 
@@ -12,7 +13,8 @@ D = 3
 
 def loss_at(v: torch.Tensor, toys: Any, u: torch.Tensor, advantage: torch.Tensor, v_ref: torch.Tensor, beta0: float):
     policy = toys.OneState(u, current=v, reference=v_ref)
-    return Adrpo(Adrpo.Config(beta0=beta0)).loss(policy, toys.make_rows(torch.zeros_like(u), advantage)).policy.mean()
+    rows = toys.make_rows(torch.zeros_like(u), advantage)
+    return minibatch_loss(Adrpo(Adrpo.Config(beta0=beta0)), policy, rows).policy.mean()
 
 
 def test_its_minimiser_is_the_reference_plus_the_mean_advantage_weighted_difference(toys: Any, draw: Any):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.awm import Awm
 from flowbench.models.flow import velocity_error
@@ -13,7 +14,9 @@ BARE = {"beta": 0.0, "beta_average": 0.0}
 
 
 def loss_of(toys: Any, config: dict[str, Any], u: torch.Tensor, advantage: torch.Tensor, **views: torch.Tensor):
-    return Awm(Awm.Config(**config)).loss(toys.OneState(u, **views), toys.make_rows(torch.zeros_like(u), advantage))
+    return minibatch_loss(
+        Awm(Awm.Config(**config)), toys.OneState(u, **views), toys.make_rows(torch.zeros_like(u), advantage)
+    )
 
 
 def gradient_of(toys: Any, config: dict[str, Any], u: torch.Tensor, advantage: torch.Tensor, **views: torch.Tensor):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from small import minibatch_loss
 
 from flowbench.algorithms.draft import Draft
 from flowbench.config import resolve_config
@@ -45,7 +46,7 @@ def path(theta: float, noise: torch.Tensor, toys: Any) -> Any:
     policy, sigmas, states = Sine(theta), torch.linspace(1, 0, STEPS + 1, dtype=torch.float64), [noise]
     with torch.no_grad():
         for k in range(STEPS):
-            states.append(policy.denoise(states[-1], sigmas[k : k + 2], None))
+            states.append(policy.denoise(states[-1], sigmas[k : k + 2], None, noise[:, None]))
         reward = score(policy.decode(states[-1]), ())
     return toys.make_rollout(states[-1], reward, sigmas=sigmas, states=torch.stack(states, 1))
 
@@ -53,7 +54,7 @@ def path(theta: float, noise: torch.Tensor, toys: Any) -> Any:
 def loss_of(policy: Sine, rollout: Any, **config: int) -> torch.Tensor:
     algorithm = Draft(Draft.Config(**config), score)
     algorithm.setup(policy)
-    return algorithm.loss(policy, algorithm.prepare(rollout)).policy
+    return minibatch_loss(algorithm, policy, algorithm.prepare(rollout)).policy
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

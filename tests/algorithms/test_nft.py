@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.adrpo import Adrpo
 from flowbench.algorithms.nft import Nft
-from flowbench.models.policy import Renoised
+from flowbench.toolkit.matching import Renoised
 
 D = 3
 PLAIN = {"adaptive": False, "kl": 0.0}
@@ -15,7 +16,7 @@ PLAIN = {"adaptive": False, "kl": 0.0}
 
 def gradient_at(v: torch.Tensor, toys: Any, algorithm: Any, rows: Any, u: torch.Tensor, **views: torch.Tensor):
     v = v.clone().requires_grad_()
-    loss = algorithm.loss(toys.OneState(u, current=v, **views), rows).policy.mean()
+    loss = minibatch_loss(algorithm, toys.OneState(u, current=v, **views), rows).policy.mean()
     return torch.autograd.grad(loss, v)[0]
 
 
@@ -69,7 +70,7 @@ def test_the_pull_to_the_reference_is_added_with_its_weight(toys: Any, draw: Any
     u, v, v_old, v_ref = draw(5, 1, 1, D), draw(D), draw(D), draw(D)
     rows = toys.make_rows(torch.zeros_like(u), draw(5))
     with_kl, without = (
-        Nft(Nft.Config(kl=kl)).loss(toys.OneState(u, current=v, old=v_old, reference=v_ref), rows).policy
+        minibatch_loss(Nft(Nft.Config(kl=kl)), toys.OneState(u, current=v, old=v_old, reference=v_ref), rows).policy
         for kl in (0.2, 0.0)
     )
     assert torch.allclose(with_kl - without, 0.2 * (v - v_ref).square().mean().expand(5))

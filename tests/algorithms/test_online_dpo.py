@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.online_dpo import OnlineDpo
 from flowbench.errors import RunError
 from flowbench.models.flow import velocity_error
-from flowbench.models.policy import Renoised
 from flowbench.rollout import Batch
 
 D = 3
@@ -21,9 +21,11 @@ class Shared:
     def __init__(self, eps: torch.Tensor, v: torch.Tensor, v_ref: torch.Tensor) -> None:
         self.eps, self.views = eps, {"current": v, "reference": v_ref}
 
-    def renoise(self, x0: torch.Tensor, share: torch.Tensor) -> Renoised:
-        assert share.tolist() == [*range(len(x0) // 2)] * 2  # the two images of a row share noise and sigma
-        return Renoised(self.eps.expand_as(x0), torch.ones(len(x0), dtype=x0.dtype), self.eps - x0)
+    def draw_noise(self, n: int) -> torch.Tensor:
+        return self.eps.expand(n, *self.eps.shape)
+
+    def draw_sigmas(self, n: int) -> torch.Tensor:
+        return torch.ones(n, dtype=self.eps.dtype)
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, cond: Any, weights: str = "current") -> torch.Tensor:
         return self.views[weights].expand_as(x)
@@ -52,7 +54,9 @@ def test_rows_without_a_rival_are_refused(toys: Any):
 def test_its_loss_is_that_of_diffusion_dpo_in_velocity_form(toys: Any, draw: Any):
     eps, v, v_ref, better, worse = draw(1, 1, D), draw(D), draw(D), draw(4, 1, 1, D), draw(4, 1, 1, D)
     margin = torch.tensor([1.0, 2.0, 0.0, 3.0], dtype=torch.float64)
-    loss = OnlineDpo(OnlineDpo.Config(beta=7.0)).loss(Shared(eps, v, v_ref), rows(toys, better, worse, margin))
+    loss = minibatch_loss(
+        OnlineDpo(OnlineDpo.Config(beta=7.0)), Shared(eps, v, v_ref), rows(toys, better, worse, margin)
+    )
 
     def gap(x0: torch.Tensor) -> torch.Tensor:
         u = eps - x0
@@ -68,7 +72,9 @@ def test_at_the_reference_it_moves_from_the_worse_image_to_the_better(toys: Any,
     eps, v_ref, better, worse = draw(1, 1, D), draw(D), draw(1, 1, 1, D), draw(1, 1, 1, D)
     v = v_ref.clone().requires_grad_()
     one = torch.ones(1, dtype=torch.float64)
-    loss = OnlineDpo(OnlineDpo.Config(beta=7.0)).loss(Shared(eps, v, v_ref), rows(toys, better, worse, one)).policy
+    loss = minibatch_loss(
+        OnlineDpo(OnlineDpo.Config(beta=7.0)), Shared(eps, v, v_ref), rows(toys, better, worse, one)
+    ).policy
     assert loss.item() == pytest.approx(math.log(2))
     (gradient,) = torch.autograd.grad(loss.sum(), v)
     assert torch.allclose(-gradient, 7.0 / (2 * D) * (worse - better).flatten())
@@ -84,7 +90,7 @@ def test_where_two_images_win_in_turn_it_rests_at_bradley_terrys_log_odds(toys: 
     batch = rows(toys, better, worse, torch.ones(4, dtype=torch.float64))
     for scale, sign in ((1.0, 0.0), (0.5, -1.0), (1.5, 1.0)):
         v = (v_ref + scale * shift).requires_grad_()
-        loss = OnlineDpo(OnlineDpo.Config(beta=beta)).loss(Shared(eps, v, v_ref), batch).policy.mean()
+        loss = minibatch_loss(OnlineDpo(OnlineDpo.Config(beta=beta)), Shared(eps, v, v_ref), batch).policy.mean()
         slope = torch.dot(torch.autograd.grad(loss, v)[0], shift).item()
         assert (abs(slope) < 1e-12) if sign == 0 else slope * sign > 1e-3
 
@@ -96,6 +102,6 @@ def test_where_one_image_always_wins_there_is_no_fixed_point(toys: Any, draw: An
     slopes = []
     for distance in (0.0, 1.0, 3.0):
         v = (v_ref + distance * direction).requires_grad_()
-        loss = OnlineDpo(OnlineDpo.Config(beta=2.0)).loss(Shared(eps, v, v_ref), batch).policy.sum()
+        loss = minibatch_loss(OnlineDpo(OnlineDpo.Config(beta=2.0)), Shared(eps, v, v_ref), batch).policy.sum()
         slopes.append(torch.dot(torch.autograd.grad(loss, v)[0], direction).item())
     assert slopes[0] < slopes[1] < slopes[2] < 0

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
-from flowbench.models.policy import Renoised
 from flowbench.rollout import Batch, Conditioning
 
 
@@ -21,10 +21,13 @@ def test_its_loss_is_the_weighted_fit_plus_the_distance_to_the_reference():
     v, v_ref, u = torch.randn(3, 5, 2, 3, 3, generator=generator, dtype=torch.float64)
     reward = torch.randn(5, generator=generator, dtype=torch.float64)
     policy: Any = SimpleNamespace(
-        renoise=lambda x0: Renoised(x0, torch.full((5,), 0.5), u),
+        draw_noise=lambda n: u,  # of images that are 0
+        draw_sigmas=lambda n: torch.full((n,), 0.5),
         velocity=lambda x, sigma, cond, weights="current": {"current": v, "reference": v_ref}[weights],
     )
-    loss = OrwCfmW2(OrwCfmW2.Config(tau=0.8, alpha=0.3)).loss(policy, batch_of(torch.zeros_like(u), reward)).policy
+    loss = minibatch_loss(
+        OrwCfmW2(OrwCfmW2.Config(tau=0.8, alpha=0.3)), policy, batch_of(torch.zeros_like(u), reward)
+    ).policy
     for i in range(5):
         fit, w2 = ((v[i] - u[i]) ** 2).mean(), ((v[i] - v_ref[i]) ** 2).mean()
         assert loss[i].item() == pytest.approx((torch.exp(0.8 * reward[i]) * fit + 0.3 * w2).item())
@@ -40,18 +43,20 @@ def test_one_step_moves_a_gaussian_as_theory_says():
     n, mu, s, tau, c, sigma = 200_000, 0.4, 0.5, 0.7, 1.2, 0.3
     x0 = mu + s**0.5 * torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
     eps = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
-    x = (1 - sigma) * x0 + sigma * eps
     # The tilted data is Gaussian, hence the minimiser is affine in x: v = a + b x.
     coefficients = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     policy: Any = SimpleNamespace(
-        renoise=lambda _: Renoised(x, torch.full((n,), sigma, dtype=torch.float64), eps - x0),
+        draw_noise=lambda n: eps,
+        draw_sigmas=lambda n: torch.full((n,), sigma, dtype=torch.float64),
         velocity=lambda x, sigma, cond: coefficients[0] + coefficients[1] * x,
     )
     algorithm = OrwCfmW2(OrwCfmW2.Config(tau=tau, alpha=0.0))
     rows = batch_of(x0, c * x0.flatten())
 
     def gradient() -> torch.Tensor:
-        return torch.autograd.grad(algorithm.loss(policy, rows).policy.mean(), coefficients, create_graph=True)[0]
+        return torch.autograd.grad(
+            minibatch_loss(algorithm, policy, rows).policy.mean(), coefficients, create_graph=True
+        )[0]
 
     # The loss is quadratic: one Newton step reaches its minimum.
     slope = gradient()

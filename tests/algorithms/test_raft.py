@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.raft import Raft
 
@@ -36,7 +37,7 @@ def test_its_minimiser_is_the_kept_images_velocity_mixed_with_the_references(toy
     u, v_ref, alpha = draw(10, 1, 1, 3), draw(3), 0.4
     v = ((u.flatten(1).mean(0) + alpha * v_ref) / (1 + alpha)).requires_grad_()
     rows = toys.make_rows(torch.zeros_like(u), torch.zeros(10, dtype=torch.float64))
-    loss = Raft(Raft.Config(alpha=alpha)).loss(toys.OneState(u, current=v, reference=v_ref), rows).policy
+    loss = minibatch_loss(Raft(Raft.Config(alpha=alpha)), toys.OneState(u, current=v, reference=v_ref), rows).policy
     assert torch.autograd.grad(loss.mean(), v)[0].abs().max() < 1e-12
 
 
@@ -54,8 +55,8 @@ def test_one_round_moves_a_gaussians_mean_by_that_of_the_best_of_two(toys: Any, 
     batch = algorithm.prepare(toys.make_rollout(x0, x0.flatten(), group))
     eps = torch.tensor(1.3, dtype=torch.float64)
     v = (eps - mu - s / math.sqrt(math.pi)).view(1).requires_grad_()
-    policy = toys.OneState(eps - batch.x0, sigma=1.0, current=v)
-    gradient = torch.autograd.grad(algorithm.loss(policy, batch).policy.mean(), v)[0].item()
+    policy = toys.OneState(eps.expand_as(batch.x0), sigma=1.0, current=v)
+    gradient = torch.autograd.grad(minibatch_loss(algorithm, policy, batch).policy.mean(), v)[0].item()
     error = s * math.sqrt((1 - 1 / math.pi) / pairs)
     assert abs(gradient) < 5 * 2 * error  # the gradient is twice the distance to the minimiser
     assert 5 * error < 0.1 * s / math.sqrt(math.pi)

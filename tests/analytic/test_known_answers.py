@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from small import minibatch_loss
 
 from flowbench.algorithms.ddpo import Ddpo
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 from flowbench.algorithms.refl import Refl
 from flowbench.evaluation.exact import sampled_gaussian
 from flowbench.models.families.plane_policy import AnalyticPolicy
-from flowbench.models.flow import SAMPLERS, predict_x0
-from flowbench.models.policy import Renoised
+from flowbench.models.flow import SAMPLERS, interpolate, predict_x0
 from flowbench.reward import Reward
 from flowbench.rollout import Batch, Rollout
 from flowbench.testbeds.plane.density import Gaussian, QuadraticForm
@@ -60,7 +61,7 @@ def outer_iterations(policy: AnalyticPolicy, reward: QuadraticForm, tau: float, 
     sigmas = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
     for _ in range(count):
         x0 = sampled_gaussian(policy.field(), sigmas).sample(IMAGES, policy.generator)
-        loss = algorithm.loss(policy, rows(policy, x0, reward(x0))).policy
+        loss = minibatch_loss(algorithm, policy, rows(policy, x0, reward(x0))).policy
         minimize_quadratic(loss.mean(), policy.trainable_parameters())
     return sampled_gaussian(policy.field(), sigmas)
 
@@ -113,14 +114,15 @@ def test_orws_gradient_vanishes_at_the_exact_pointwise_minimiser(
 
     x0 = posterior.sample(n, torch.Generator().manual_seed(0))
     u = ((x - (1 - s) * x0) / s - x0)[:, :, None, None]
-    policy.renoise = lambda _: Renoised(x.expand(n, 2)[:, :, None, None], sigma.expand(n), u)  # type: ignore
+    noise = (u + x0[:, :, None, None])[:, None]  # which takes each image to x
     algorithm = OrwCfmW2(OrwCfmW2.Config(tau=tau, alpha=alpha))
     algorithm.setup(policy)
     shift, batch = policy.transformer.correction.shift, rows(policy, x0, reward(x0))
+    batch = replace(batch, noise=noise, noise_sigma=sigma.expand(n))
 
     def gradient(v: torch.Tensor) -> torch.Tensor:
         shift.data[0] = (v - v_ref)[0]  # of the constant polynomial: the velocity itself
-        return torch.autograd.grad(algorithm.loss(policy, batch).policy.mean(), shift)[0][0]
+        return torch.autograd.grad(minibatch_loss(algorithm, policy, batch).policy.mean(), shift)[0][0]
 
     error = (reward(x0).mul(tau).exp()[:, None] * (best - u.flatten(1))).std(0) / math.sqrt(n)
     assert (gradient(best).abs() < 4 * error).all()
@@ -160,8 +162,8 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
     samples = policy.rollout(cond, policy.draw_noise(n), num_steps=10, keep_states=True)
     r = reward(samples.x0.flatten(1))
     if states == "renoised":
-        noisy = policy.renoise(samples.x0)
-        x, sigma = noisy.x, noisy.sigma
+        sigma = policy.draw_sigmas(n)
+        x = interpolate(samples.x0, policy.draw_noise(n), sigma)
         sampled = sampled_gaussian(policy.field(), samples.sigmas.double())
         best = reward(predict_x0(x.flatten(1), sampled.velocity(x.flatten(1), sigma), sigma))
     else:
@@ -229,7 +231,7 @@ def test_ddpos_gradient_at_ratio_one_is_that_of_the_stochastic_samplers_expected
     estimates = []
     for seed in range(16):
         rollout = sample(seed)
-        loss = algorithm.loss(policy, algorithm.prepare(rollout)).policy.mean()
+        loss = minibatch_loss(algorithm, policy, algorithm.prepare(rollout)).policy.mean()
         scale = -steps * rollout.reward.std().item() * 2
         estimates.append(scale * flat(torch.autograd.grad(loss, parameters)))
     stacked = torch.stack(estimates)
@@ -251,7 +253,7 @@ def test_refls_gradient_is_that_of_finite_differences_in_all_weights(
     s = policy.rollout(cond, policy.draw_noise(8).double(), num_steps=6, keep_states=True)
     rollout = Rollout(0, ("p",) * 8, torch.zeros(8).long(), cond, s.sigmas, s.x0, s.x0, torch.zeros(8), s.states)
     batch, parameters = algorithm.prepare(rollout), policy.trainable_parameters()
-    gradient = flat(torch.autograd.grad(algorithm.loss(policy, batch).policy.mean(), parameters))
-    exact = finite_differences(lambda: algorithm.loss(policy, batch).policy.mean().item(), parameters, 1e-5)
+    gradient = flat(torch.autograd.grad(minibatch_loss(algorithm, policy, batch).policy.mean(), parameters))
+    exact = finite_differences(lambda: minibatch_loss(algorithm, policy, batch).policy.mean().item(), parameters, 1e-5)
     assert exact.norm() > 0.1
     assert torch.allclose(gradient, exact, atol=1e-8)

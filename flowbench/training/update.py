@@ -1,0 +1,158 @@
+"""The second half of an iteration: passes over its rows, one optimizer step per minibatch."""
+
+from __future__ import annotations
+
+import torch
+
+from flowbench.algorithm import Algorithm
+from flowbench.config import RunConfig
+from flowbench.errors import RunError
+from flowbench.models.policy import Policy
+from flowbench.rollout import Batch, Loss
+from flowbench.seeding import generator_for
+from flowbench.training.rows import Cut, compared, drawn, shuffled
+
+
+class Metrics:
+    """Means over rows of named values that come in parts."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[tuple[float, int]]] = {}
+
+    def add(self, name: str, values: torch.Tensor | float) -> None:
+        """Take in values (R,), or one that stands for all rows."""
+        values = torch.as_tensor(values).detach()
+        if values.numel():
+            self.parts.setdefault(name, []).append((values.float().mean().item(), values.numel()))
+
+    def means(self) -> dict[str, float]:
+        """Each name's mean over all values."""
+        return {name: _mean(parts) for name, parts in self.parts.items()}
+
+
+def _mean(parts: list[tuple[float, int]]) -> float:
+    if len(parts) == 1:
+        return parts[0][0]  # to the last bit
+    return sum(mean * n for mean, n in parts) / sum(n for _, n in parts)
+
+
+class Updater:
+    """Trains the policy, and the algorithm's own networks, on batches of rows.
+
+    average: the running average of the trained weights, empty if the run keeps none.
+    """
+
+    def __init__(self, config: RunConfig, policy: Policy, algorithm: Algorithm) -> None:
+        self.config, self.policy, self.algorithm = config, policy, algorithm
+        training = config.training
+        self.parameters = policy.trainable_parameters()
+        self.auxiliary_parameters = [p for network in algorithm.networks().values() for p in network.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=training.learning_rate,
+            betas=training.adam_betas,
+            weight_decay=training.weight_decay,
+        )
+        self.auxiliary_optimizer = (
+            torch.optim.AdamW(self.auxiliary_parameters, lr=training.auxiliary_learning_rate)
+            if self.auxiliary_parameters
+            else None
+        )
+        self.average = [p.detach().clone() for p in self.parameters] if training.ema else []
+        self._iteration = 0
+
+    def update(self, batch: Batch, iteration: int) -> dict[str, float]:
+        """Pass over the rows of iteration `iteration` in random minibatches; returns the means of the metrics.
+
+        Raises RunError when the loss or its gradient is not finite.
+        """
+        training, metrics = self.config.training, Metrics()
+        self._iteration = iteration
+        self.policy.generator = generator_for(self.config.seed, "loss", iteration)
+        order = generator_for(self.config.seed, "minibatches", iteration)
+        for _ in range(training.epochs):
+            for rows in Cut(training.minibatch, self.algorithm.whole_groups).parts(batch, shuffled(batch, order)):
+                for name, value in self._step(batch.select(rows)).items():
+                    metrics.add(name, value)
+        return metrics.means()
+
+    def gradient(self, batch: Batch, microbatch: int | None) -> tuple[dict[str, float], bool]:
+        """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
+
+        Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
+        """
+        cut, metrics, updates_policy = Cut(microbatch or len(batch), self.algorithm.whole_groups), Metrics(), False
+        batch, comparison = compared(self.algorithm, self.policy, batch, cut)
+        for rows in cut.parts(batch):
+            loss = self.algorithm.loss(self.policy, batch.select(rows))
+            (self._total(loss) * (len(rows) / len(batch))).backward()
+            updates_policy |= loss.policy is not None
+            for name, values in loss.metrics.items():
+                metrics.add(name, values)
+        for name, value in comparison.metrics.items():
+            metrics.add(name, value)
+        return metrics.means(), updates_policy
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on one minibatch, accumulated over microbatches."""
+        metrics, updates_policy = self.gradient(self._drawn(batch), self.config.training.microbatch)
+        if updates_policy:
+            metrics["grad_norm"] = self._clip(self.parameters)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.auxiliary_optimizer:
+            self._auxiliary_step(self.auxiliary_optimizer)
+            for _ in range(self.config.training.auxiliary_steps - 1):
+                self._extra_auxiliary_step(batch, self.auxiliary_optimizer)
+        if updates_policy:
+            self.algorithm.after_update(self.policy)
+            if self.average:
+                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.config.training.ema)
+        return metrics
+
+    def _drawn(self, batch: Batch) -> Batch:
+        return drawn(self.algorithm, self.policy, batch)
+
+    def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._clip(self.auxiliary_parameters)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+        """One more step of the algorithm's own networks, on fresh noise."""
+        batch, learns = self._drawn(batch), False
+        cut = Cut(self.config.training.microbatch or len(batch), self.algorithm.whole_groups)
+        for rows in cut.parts(batch):
+            loss = self.algorithm.auxiliary_loss(self.policy, batch.select(rows))
+            if loss is not None:
+                (self._total(Loss(None, loss)) * (len(rows) / len(batch))).backward()
+                learns = True
+        if learns:
+            self._auxiliary_step(optimizer)
+
+    def _total(self, loss: Loss) -> torch.Tensor:
+        name, parts = self.algorithm.info.name, [part for part in (loss.policy, loss.auxiliary) if part is not None]
+        if not parts:
+            raise RunError(f"the loss of '{name}' has neither a policy nor an auxiliary part")
+        if any(part.ndim != 1 for part in parts):
+            raise RunError(f"the loss of '{name}' has shape {tuple(parts[0].shape)}; it must be one value per row")
+        total = torch.stack([part.mean() for part in parts]).sum()
+        if not total.isfinite():
+            raise RunError(
+                f"the loss of '{name}' is {total.item()}; lower training.learning_rate or check the rewards' scale"
+            )
+        return total
+
+    def _clip(self, parameters: list[torch.nn.Parameter]) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.max_grad_norm)
+        if not norm.isfinite():
+            raise RunError(
+                f"the gradient of '{self.algorithm.info.name}' is {norm.item()} in iteration {self._iteration + 1}; "
+                "lower training.learning_rate"
+            )
+        return norm.item()
+
+    def use_average(self) -> None:
+        """Put the averaged weights, if the run keeps them, in place of the current ones, for evaluation."""
+        for p, a in zip(self.parameters, self.average, strict=False):
+            p.data.copy_(a)
