@@ -161,7 +161,7 @@ class Trainer:
             : training.prompts_per_iteration
         ]
         group = torch.arange(len(chosen)).repeat_interleave(training.images_per_prompt)
-        prompts = tuple(self.prompts[chosen[g]].text for g in group)
+        prompts = tuple(self.prompts[chosen[g]] for g in group)
         self.policy.generator = generator_for(seed, "rollout", k)
         with self._timed("rollout"):
             cond = self.policy.encode(prompts)
@@ -298,7 +298,7 @@ class Trainer:
 
     def _encode_prompts(self) -> None:
         self.policy.encode([""])  # on its own, as an evaluation does, so that it is the same to the last bit
-        self.policy.encode([p.text for p in self.prompts])
+        self.policy.encode(self.prompts)
         if self.policy.device.type != "cpu":
             self.policy.release_text_encoders()
 
