@@ -63,9 +63,8 @@ def split_files(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() not in EXPECTED or not path.is_file() or path.name.startswith("."):
             continue
         if path.stem in files:
-            raise UsageError(
-                f"'{folder}' has two files of split '{path.stem}', {files[path.stem].name} and {path.name}"
-            )
+            both = f"{files[path.stem].name} and {path.name}"
+            raise UsageError(f"'{folder}' has two files of split '{path.stem}', {both}; keep one of them")
         files[path.stem] = path
     return files
 
