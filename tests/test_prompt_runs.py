@@ -197,8 +197,8 @@ def test_all_prompts_of_a_file_are_one_split_of_an_evaluation(finished: Path, li
 
 
 def test_a_run_is_evaluated_on_splits_that_it_did_not_use(finished: Path):
-    result = evaluate(finished, {"evaluation.splits": ["dev"]}, None, "cpu", silent)
-    assert {"oracle_exact/dev", "clip/dev"} <= set(result.scores)
+    result = evaluate(finished, {"evaluation.splits": ["compositional"]}, None, "cpu", silent)
+    assert {"oracle_exact/compositional", "clip/compositional"} <= set(result.scores)
 
 
 def test_weights_are_evaluated_on_other_prompts(
