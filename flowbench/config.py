@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.prompts import choose_prompts, locate
+from flowbench.prompts.needs import check_run
 from flowbench.registry import algorithms, rewards
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
@@ -87,7 +89,11 @@ class EvaluationConfig(_Section):
 
 
 class RunConfig(_Section):
-    """All that decides what a run computes. `hyperparameters` is validated by the algorithm's own Config."""
+    """All that decides what a run computes. `hyperparameters` is validated by the algorithm's own Config.
+
+    prompts: in place of the preset's: a built-in set, or the absolute path of a folder or file (train and test are
+    then cut from it). prompts_hash: over the content of the splits used, where they are not the preset's built-in ones.
+    """
 
     algorithm: str
     reward: str
@@ -97,19 +103,27 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hyperparameters: dict[str, Any] = {}
+    prompts: str | None = None
+    prompts_hash: str | None = None
+
+    def prompt_set(self, preset: ModelPreset) -> str:
+        """What the run's prompts are read from."""
+        return self.prompts or preset.prompts
 
     def hash(self) -> str:
-        """Ten hex digits over everything but seed and device, the preset's content included."""
-        content = self.model_dump(mode="json", exclude={"seed", "device"})
+        """Ten hex digits over everything but seed and device, the contents of preset and prompt files included."""
+        content = self.model_dump(mode="json", exclude={"seed", "device", "prompts", "prompts_hash"})
         content |= {"training": hashable(self.training), "evaluation": hashable(self.evaluation)}
         content["hyperparameters"] = _without_unused(self.hyperparameters, algorithms.get(self.algorithm).cls.Config)
         # Its defaults, and those that it takes from a model like it, are in the resolved settings already.
         resolved = {"training", "evaluation", "algorithms", "like"}
-        content["preset"] = load_preset(self.model).model_dump(mode="json", exclude=resolved)
+        content["preset"] = load_preset(self.model, resolve=False).model_dump(mode="json", exclude=resolved)
         # Judges do not change what a run computes; clip was in every hash before there were others.
         used = {"clip", *term_names(self.reward)}
         known = content["preset"].get("rewards", {})
         content["preset"]["rewards"] = {name: known[name] for name in known if name in used}
+        if self.prompts_hash:  # what the files hold decides, not where they lie
+            content["preset"]["prompts"] = self.prompts_hash
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -131,14 +145,23 @@ SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorit
 
 
 def resolve_config(
-    algorithm: str, reward: str, model: str, *, overrides: dict[str, Any], seed: int = 0, device: str = "auto"
+    algorithm: str,
+    reward: str,
+    model: str,
+    *,
+    overrides: dict[str, Any],
+    seed: int = 0,
+    device: str = "auto",
+    prompts: str | None = None,
 ) -> RunConfig:
     """Settings from the general to the particular; each layer wins over those before it.
 
     The general defaults, the model's, the algorithm's for that model and reward, what the model's preset changes of
     them, then `overrides` ({"training.images": 100}).
 
-    Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
+    prompts: a set's name, folder or file in place of the model's set; splits that it lacks are not evaluated, unless
+    `overrides` asks for them. Raises UsageError for an unknown name or key, a wrong type or range, or needs that
+    sampler, reward or prompts cannot meet.
     """
     preset = load_preset(model)
     info = algorithms.describe(algorithm)
@@ -155,6 +178,8 @@ def resolve_config(
         "evaluation": {**preset.evaluation, **given["evaluation"]},
         "algorithm": {**own.algorithm, **changed["algorithm"], **given["algorithm"]},
     }
+    evaluation: EvaluationConfig = _validate(EvaluationConfig, "evaluation", sections["evaluation"])
+    chosen = choose_prompts(prompts, preset.prompts, evaluation.splits, "evaluation.splits" in overrides)
     values = {
         "algorithm": algorithm,
         "reward": spell(terms),
@@ -162,7 +187,9 @@ def resolve_config(
         "seed": seed,
         "device": device,
         "training": _validate(TrainingConfig, "training", sections["training"]),
-        "evaluation": _validate(EvaluationConfig, "evaluation", sections["evaluation"]),
+        "evaluation": evaluation.model_copy(update={"splits": chosen.splits}),
+        "prompts": chosen.prompt_set,
+        "prompts_hash": chosen.content_hash,
         "hyperparameters": _validate(cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
     }
     config: RunConfig = _validate(RunConfig, "", values)
@@ -170,6 +197,8 @@ def resolve_config(
     _check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
     _check_window(config, preset)
     _check_judges(config.evaluation, config.reward)
+    trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
+    check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)
     return config
 
 
@@ -317,12 +346,16 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"configuration file '{path}' must hold key: value pairs")
     flat: dict[str, Any] = {}
-    plain = {"reward", "model", "seed", "device"}
+    plain = {"reward", "model", "seed", "device", "prompts"}
     for key, value in content.items():
         # A run's own config.yaml spells the algorithm's name `algorithm` and its settings `hyperparameters`.
         section = "algorithm" if key == "hyperparameters" else key
         if isinstance(value, dict) and section in SECTIONS:
             flat |= {f"{section}.{name}": _number(v) for name, v in value.items()}
+        elif key == "prompts_hash" or (key == "prompts" and value is None):
+            continue  # a run's own: the hash is that of whatever the prompts are when they are read again
+        elif key == "prompts":
+            flat[key] = locate(str(value), path.parent)
         elif key in plain or key == "algorithm":
             flat[key] = value if key == "seed" or value is None else str(value)
         else:

@@ -38,7 +38,9 @@ class RewardInfo:
     differentiable: gradients reach the images' pixels; domain: what it scores, "images", or "points" of an analytic
     model; discrete: it takes few values, so that all images of an iteration may rightly have the same one;
     requirements: packages, as pip takes them, whose pins may conflict with flowbench's; the reward then lives in a
-    worker with an environment of its own (docs/rewards/workers.md); reads_prompt: False if it scores the pixels alone.
+    worker with an environment of its own (docs/rewards/workers.md); reads_prompt: False if it scores the pixels alone;
+    needs_metadata: keys that every prompt's metadata must have ("category" is the prompt's category); needs_reference:
+    every prompt must have a reference image. Needs are checked before anything is loaded.
     """
 
     name: str
@@ -52,6 +54,8 @@ class RewardInfo:
     discrete: bool = False
     requirements: tuple[str, ...] = ()
     reads_prompt: bool = True
+    needs_metadata: tuple[str, ...] = ()
+    needs_reference: bool = False
 
 
 Info = TypeVar("Info", AlgorithmInfo, RewardInfo)
@@ -168,9 +172,14 @@ def _algorithm_info(name: str, summary: str, *, paper: str, needs: Iterable[str]
     return AlgorithmInfo(name, paper, frozenset(needs), summary)
 
 
-def _reward_info(name: str, summary: str, *, requirements: Iterable[str] = (), **declared: Any) -> RewardInfo:
+def _reward_info(
+    name: str, summary: str, *, requirements: Iterable[str] = (), needs_metadata: Iterable[str] = (), **declared: Any
+) -> RewardInfo:
+    if isinstance(needs_metadata, str):
+        raise UsageError(f"reward '{name}': write needs_metadata=('{needs_metadata}',), a tuple of keys")
     values: dict[str, Any] = {"truth": False, **declared}
-    return RewardInfo(name=name, summary=summary, requirements=tuple(requirements), **values)
+    needs = tuple(needs_metadata)
+    return RewardInfo(name=name, summary=summary, requirements=tuple(requirements), needs_metadata=needs, **values)
 
 
 algorithms: Registry[AlgorithmInfo] = Registry("algorithm", "flowbench.algorithms", _algorithm_info)
@@ -214,8 +223,10 @@ def register_reward(
     discrete: bool = False,
     requirements: Iterable[str] = (),
     reads_prompt: bool = True,
+    needs_metadata: Iterable[str] = (),
+    needs_reference: bool = False,
 ) -> Callable[[C], C]:
-    """Class decorator for a reward; the docstring's first line becomes its summary."""
+    """Class decorator for a reward; the docstring's first line becomes its summary. Arguments as in RewardInfo."""
     declared = {key: value for key, value in locals().items() if key != "name"}
 
     def register(cls: C) -> C:

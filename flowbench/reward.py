@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowbench.errors import RunError
+from flowbench.prompts import as_prompt
 from flowbench.registry import RewardInfo, register_reward
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ class Reward:
         """
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
-        """Rewards (B,) of images (B, 3, H, W) in [0, 1]; with gradients to the images if declared differentiable."""
+        """Rewards (B,) of images (B, 3, H, W) in [0, 1]; with gradients to the images if declared differentiable.
+
+        prompts: B strings, in a run each a `flowbench.prompts.Prompt`, which also has `category`, `metadata` and
+        `reference`.
+        """
         raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
@@ -82,6 +87,7 @@ def checked_score(reward: Reward, images: torch.Tensor, prompts: tuple[str, ...]
         raise RunError(
             f"reward '{name}' was given an image with NaN; lower training.learning_rate or use more precision"
         )
+    prompts = tuple(map(as_prompt, prompts))  # so that a reward may ask any of them for its metadata
     scores = torch.as_tensor(reward.score(images, prompts)).float().to(images.device)
     if scores.shape != (len(images),):
         raise RunError(

@@ -100,6 +100,8 @@ def combined_info(terms: tuple[Term, ...]) -> RewardInfo:
         summary=f"Weighted sum of {', '.join(i.name for i in infos)}.",
         domain=infos[0].domain,
         reads_prompt=any(i.reads_prompt for i in infos),
+        needs_metadata=tuple(dict.fromkeys(key for i in infos for key in i.needs_metadata)),
+        needs_reference=any(i.needs_reference for i in infos),
     )
 
 

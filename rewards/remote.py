@@ -76,10 +76,10 @@ class Remote(Reward):
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         from flowbench.scoring.remote import FormatError, pack, read_scores
 
-        scores = []
+        scores, tells = [], self.scorer.get("metadata") is True
         for start in range(0, len(images), self.batch):
             part, texts = images[start : start + self.batch], prompts[start : start + self.batch]
-            reply = self._ask("POST", "/score", self._fitting(pack(part, texts, self.format)))
+            reply = self._ask("POST", "/score", self._fitting(pack(part, texts, self.format, metadata=tells)))
             try:
                 scores.append(read_scores(reply.content, len(texts)))
             except FormatError as error:

@@ -34,6 +34,7 @@ ModelOption = Annotated[str, typer.Option(help="Model preset, or a preset's YAML
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers algorithms or rewards.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder of run folders.")]
+PromptsOption = Annotated[str | None, typer.Option(help="Prompt set: a name, a folder with a file per split, a file.")]
 
 # How an option of `run` may also be given by a configuration file.
 _DEFAULT_MODEL, _DEFAULT_REWARD = "mini-sd3", "clip"
@@ -46,6 +47,7 @@ def run(
     model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {_DEFAULT_MODEL}.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run; default 0.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Budget: images generated for training.")] = None,
+    prompts: PromptsOption = None,
     device: DeviceOption = "auto",
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, for example training.learning_rate=1e-4.")
@@ -64,7 +66,7 @@ def run(
         load_plugin_file(file)
     given = read_config_file(config) if config else {}
     given.pop("algorithm", None)
-    plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device")}
+    plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
     overrides = {**given, **parse_assignments(settings), **({"training.images": images} if images else {})}
     resolved = resolve_config(
         algorithm,
@@ -73,6 +75,7 @@ def run(
         overrides=overrides,
         seed=seed if seed is not None else plain["seed"] or 0,
         device=device if device != "auto" else plain["device"] or "auto",
+        prompts=prompts or plain["prompts"],
     )
     from flowbench.cli.display import runs as display
 
@@ -99,6 +102,7 @@ def evaluate(
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override evaluation.* settings.")
     ] = [],  # noqa: B006
+    prompts: PromptsOption = None,
     device: DeviceOption = "auto",
     plugin: PluginOption = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
@@ -112,7 +116,7 @@ def evaluate(
     for file in plugin:
         load_plugin_file(file)
     with display.EvaluationProgress() as progress:
-        result = evaluate_path(path, parse_assignments(settings), model, device, progress)
+        result = evaluate_path(path, parse_assignments(settings), model, device, progress, prompts)
     display.evaluation(result)
     if output:
         result.save(output)

@@ -13,7 +13,8 @@ from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.judges import build_reward
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.models.presets import load_preset
-from flowbench.prompts import load_split, spread
+from flowbench.prompts import as_prompt, load_split, spread
+from flowbench.prompts.needs import lacking
 from flowbench.registry import rewards
 from flowbench.reward import Reward
 from flowbench.seeding import generator_for
@@ -50,6 +51,10 @@ class RewardBench:
     def reward(self) -> Reward | str:
         """The loaded reward, or in one line why it cannot be loaded."""
         if self._made is None:
+            needs = next(filter(None, (lacking(self.info, as_prompt(p)) for p in self.prompts)), None)
+            if needs:
+                self._made = f"it needs {needs} of every prompt, which the prompts of this check have not"
+                return self._made
             try:
                 self._made = build_reward(self.name, self.preset, torch.device("cpu"))
             except (RunError, UsageError) as error:
@@ -60,8 +65,8 @@ class RewardBench:
     def prompts(self) -> tuple[str, ...]:
         """PAIRS different prompts."""
         name = "shapes" if self.info.domain == "images" else self.preset.prompts
-        texts = tuple(p.text for p in spread(load_split(name, "test"), PAIRS))
-        return (texts * PAIRS)[:PAIRS]
+        chosen = spread(load_split(name, "test"), PAIRS)
+        return (chosen * PAIRS)[:PAIRS]
 
     @cached_property
     def images(self) -> torch.Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.protocol import Judges, score_images
 from flowbench.evaluation.statistics import mean_ci95
+from flowbench.prompts import Prompt
+from flowbench.prompts.readers import Row, make_prompt, read_rows
 
-TABLES = ("prompts.tsv", "prompts.jsonl")
+TABLES = ("prompts.tsv", "prompts.jsonl", "prompts.csv")
+FILE = "file"  # the column of the image's name
 
 
 class ImageScore(BaseModel):
@@ -36,7 +37,7 @@ class Gallery:
     """Image files and their prompts."""
 
     files: tuple[Path, ...]
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -48,30 +49,22 @@ def has_prompts(folder: Path) -> bool:
 
 
 def read_gallery(folder: Path) -> Gallery:
-    """The images that prompts.tsv ("file<TAB>prompt") or prompts.jsonl ({"file": ..., "prompt": ...}) lists.
+    """The images that a table in the folder lists, with a column or key `file`; otherwise as `read_prompts` reads it.
 
+    A prompts.tsv without a header is "file<TAB>prompt".
     Raises UsageError for a line of another form, an image that is missing, outside the folder or listed twice, and for
     an image in the folder that no line names.
     """
-    table = next(folder / name for name in TABLES if (folder / name).is_file())
-    read = _read_tsv if table.suffix == ".tsv" else _read_json
-    try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"'{table}' is not UTF-8 text: {error.reason}") from error
-    entries: dict[Path, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, prompt = read(line, f"{table} line {number}")
-        file = folder / name
-        if not prompt.strip():
-            raise UsageError(f"{table} line {number}: '{name}' has an empty prompt")
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-            raise UsageError(f"{table} line {number}: there is no image '{name}' in the folder")
+    table, *more = (folder / name for name in TABLES if (folder / name).is_file())
+    if more:
+        raise UsageError(f"'{folder}' has {table.name} and {more[0].name}; keep the one that lists its images")
+    entries: dict[Path, Prompt] = {}
+    for row in read_rows(table, (FILE, "prompt")):
+        prompt = make_prompt(row, folder, besides=(FILE,))
+        file, name = _image(row, folder)
         if file in entries:
-            raise UsageError(f"{table} line {number}: '{name}' is listed twice")
-        entries[file] = prompt.strip()
+            raise UsageError(f"{row.place}: '{name}' is listed twice")
+        entries[file] = prompt
     if not entries:
         raise UsageError(f"'{table}' lists no image")
     unnamed = sorted({f for f in folder.iterdir() if f.suffix.lower() in Image.registered_extensions()} - set(entries))
@@ -82,21 +75,16 @@ def read_gallery(folder: Path) -> Gallery:
     return Gallery(tuple(entries), tuple(entries.values()))
 
 
-def _read_tsv(line: str, place: str) -> tuple[str, str]:
-    name, tab, prompt = line.partition("\t")
-    if not tab:
-        raise UsageError(f"{place} is not 'file<TAB>prompt'")
-    return name.strip(), prompt
-
-
-def _read_json(line: str, place: str) -> tuple[str, str]:
-    try:
-        entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{place} is not JSON: {error.msg}") from error
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file", "prompt")):
-        raise UsageError(f'{place} is not {{"file": "...", "prompt": "..."}}')
-    return entry["file"], entry["prompt"]
+def _image(row: Row, folder: Path) -> tuple[Path, str]:
+    """The image file of an entry, and its name as it stands there."""
+    name = next((value for key, value in row.values.items() if key.casefold() == FILE), None)
+    if not isinstance(name, str):
+        raise UsageError(f'{row.place} is not {{"file": "...", "prompt": "..."}}: it names no file')
+    name = name.strip()
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+        raise UsageError(f"{row.place}: there is no image '{name}' in the folder")
+    return file, name
 
 
 def score_gallery(

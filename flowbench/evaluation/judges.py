@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,8 @@ from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.protocol import Judges
 from flowbench.models.presets import ModelPreset
+from flowbench.prompts import PromptSplit
+from flowbench.prompts.needs import check_needs, unmet
 from flowbench.registry import rewards
 from flowbench.reward import Reward
 from flowbench.scoring.combination import WeightedSum
@@ -36,20 +38,26 @@ def build_reward(name: str, preset: ModelPreset, device: torch.device, standardi
     return reward
 
 
-def build_judges(config: RunConfig, reward: Reward | None, preset: ModelPreset, device: torch.device) -> Judges:
+def build_judges(
+    config: RunConfig,
+    reward: Reward | None,
+    preset: ModelPreset,
+    device: torch.device,
+    splits: Sequence[PromptSplit] = (),
+) -> Judges:
     """The loaded reward that the run trains on (None for no run at all), and the judges held out from it.
 
     Held out are the rewards of `evaluation.judges`, by default all that the model's preset configures and the oracle on
     the world of shapes, without those that the run trains on: neither by name nor, since a checkpoint can have two
-    names, by the hash of their weights. A default judge that is not on this machine is left out with a warning, and
-    never downloaded.
-    Raises UsageError when `evaluation.judges` names a reward trained on, RunError when weights of a judge that it names
-    are missing.
+    names, by the hash of their weights. A default judge that is not on this machine, or that needs more than the
+    prompts of the evaluated `splits` have, is left out with a warning, and never downloaded.
+    Raises UsageError when `evaluation.judges` names a reward trained on, or one whose needs the prompts do not meet,
+    RunError when weights of a judge that it names are missing.
     """
     trained = _trained_on(config, reward)
     known = {_weights_hash(r): name for name, r in trained.items()}
     chosen, held_out = config.evaluation.judges, dict[str, Reward]()
-    for name in _candidates(config, preset):
+    for name in usable(_candidates(config, preset), config.prompt_set(preset), splits, named=chosen is not None):
         judge = build_reward(name, preset, device) if chosen is not None else _if_here(name, preset, device)
         if judge is None:
             continue
@@ -65,6 +73,21 @@ def build_judges(config: RunConfig, reward: Reward | None, preset: ModelPreset, 
             held_out[path_name(name)] = judge
     scored = {path_name(name): r for name, r in trained.items() if not r.info.truth}
     return Judges({**scored, **held_out}, oracle=_oracle_judges(config, preset), held_out=tuple(held_out))
+
+
+def usable(names: Iterable[str], prompt_set: str, splits: Sequence[PromptSplit], named: bool = False) -> Iterator[str]:
+    """Names of those rewards whose needs the prompts meet; says why of each of the others.
+
+    Raises UsageError instead if they were named by the user.
+    """
+    for name in names:
+        info = rewards.describe(name)
+        if named:
+            check_needs([info], prompt_set, splits)
+        if fault := unmet(info, prompt_set, splits):
+            logger.warning("'%s' is no judge of this run: %s", name, fault)
+        else:
+            yield name
 
 
 def _if_here(name: str, preset: ModelPreset, device: torch.device) -> Reward | None:
@@ -96,13 +119,20 @@ def _candidates(config: RunConfig, preset: ModelPreset) -> Iterator[str]:
             yield name
 
 
+def reads_oracle(prompt_set: str) -> bool:
+    """Whether the oracle can read the prompts of a set: those of the world of shapes."""
+    return prompt_set == "shapes"
+
+
 def _oracle_judges(config: RunConfig, preset: ModelPreset) -> bool:
     chosen = config.evaluation.judges
-    readable = preset.prompts == "shapes"
+    readable = reads_oracle(config.prompt_set(preset))
     if chosen is None or "oracle" in term_names(config.reward):
         return readable
     if "oracle" in chosen and not readable:
-        raise UsageError(f"judge 'oracle' reads only the world of shapes, and not the prompts '{preset.prompts}'")
+        raise UsageError(
+            f"judge 'oracle' reads only the world of shapes, and not the prompts '{config.prompt_set(preset)}'"
+        )
     return "oracle" in chosen
 
 

@@ -67,15 +67,15 @@ def score_split(
     latents, grid, distances = [], [], []
     for start in range(0, len(rows), config.batch):
         part = rows[start : start + config.batch]
-        texts = tuple(prompts[p].text for p, _ in part)
-        cond = policy.encode(texts)
+        asked = tuple(prompts[p] for p, _ in part)
+        cond = policy.encode(asked)
         noise = torch.cat([_noise(policy, config.seed, split.name, p, k) for p, k in part])
         policy.generator = generator_for(config.seed, "evaluation", split.name, start)
         steps, guidance = config.num_steps, config.guidance_scale
         samples = policy.rollout(cond, noise, num_steps=steps, guidance_scale=guidance, weights=weights)
         with torch.no_grad():
             images = policy.decode(samples.x0)
-            scores = score_images(judges, images, texts)
+            scores = score_images(judges, images, asked)
             # Of one image per prompt: all of them would take a fifth of an evaluation's time.
             first = torch.tensor([k for k, (_, image) in enumerate(part) if image == 0], device=policy.device)
             if weights != "reference" and len(first):
@@ -113,15 +113,15 @@ def _noise(policy: Policy, seed: int, split: str, prompt: int, image: int) -> to
     return policy.draw_noise(1)
 
 
-def score_images(judges: Judges, images: torch.Tensor, texts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def score_images(judges: Judges, images: torch.Tensor, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Scores (B,) by metric of images (B, 3, H, W) in [0, 1] and their prompts.
 
     Raises RunError, naming the judge, for a bad score, and for images or prompts that the oracle cannot read.
     """
-    scores = {name: checked_score(reward, images, texts) for name, reward in judges.rewards.items()}
+    scores = {name: checked_score(reward, images, prompts) for name, reward in judges.rewards.items()}
     if judges.oracle:
         try:
-            scores |= truth(images, texts)
+            scores |= truth(images, prompts)
         except RunError as error:
             raise RunError(f"{error}; name other judges with evaluation.judges") from error
     return scores

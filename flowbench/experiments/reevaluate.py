@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
@@ -16,14 +16,18 @@ from flowbench.config import EvaluationConfig, RunConfig, evaluation_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
-from flowbench.evaluation.judges import build_judges, build_reward
+from flowbench.evaluation.judges import build_judges, build_reward, reads_oracle, usable
 from flowbench.evaluation.protocol import score_split
+from flowbench.experiments.inputs import kept_preset, kept_split
 from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
 from flowbench.models.devices import pick_device
 from flowbench.models.policy import Policy, load_pipeline
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
-from flowbench.prompts import load_split
+from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
+from flowbench.prompts.needs import check_needs
 from flowbench.record import Score, load_record, write_atomically
+from flowbench.registry import rewards
+from flowbench.terms import term_names
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
 DEFAULT_MODEL = "mini-sd3"
@@ -52,11 +56,19 @@ class Evaluation:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def evaluate(path: Path, overrides: dict[str, Any], model: str | None, device: str, progress: Progress) -> Evaluation:
+def evaluate(
+    path: Path,
+    overrides: dict[str, Any],
+    model: str | None,
+    device: str,
+    progress: Progress,
+    prompts: str | None = None,
+) -> Evaluation:
     """Score whatever lies at `path`; `model` is the preset that it belongs to, except for a run, which knows its own.
 
-    Raises UsageError for a path that holds nothing to score, or an override of anything but the evaluation; RunError
-    for weights that cannot be loaded.
+    prompts: a set's name, folder or file in place of the run's or model's own; all prompts of a file are one split,
+    named by its stem. Raises UsageError for a path that holds nothing to score, an override of anything but the
+    evaluation, or prompts that cannot be used; RunError for weights that cannot be loaded.
     """
     for key in overrides:
         if not key.startswith("evaluation."):
@@ -65,47 +77,74 @@ def evaluate(path: Path, overrides: dict[str, Any], model: str | None, device: s
     if (path / CONFIG).is_file():
         if model is not None:
             raise UsageError(f"'{path}' is a run of its own model; leave out --model")
-        return _evaluate_run(path, overrides, where, progress)
+        return _evaluate_run(path, overrides, where, progress, prompts)
     preset = load_preset(model or DEFAULT_MODEL)
     if isinstance(preset, AnalyticPreset):
         raise UsageError(f"model '{preset.name}' is a formula without weights or images; of it only runs are evaluated")
     protocol = evaluation_config(preset, overrides)
     if has_prompts(path):
+        if prompts is not None:
+            raise UsageError(f"the images in '{path}' were made for prompts of their own; leave out --prompts")
         return _evaluate_images(path, preset, protocol, where, progress)
     load = _loader(path)
     if load is None:
         raise UsageError(
             f"'{path}' is no run folder, LoRA, diffusers folder, or folder of images with prompts.tsv or prompts.jsonl"
         )
-    return _evaluate_weights(path, load, preset, protocol, where, progress)
+    splits, config = _chosen(prompts, _no_run(preset, protocol), overrides)
+    splits = splits or [load_split(preset.prompts, name) for name in protocol.splits]
+    return _evaluate_weights(path, load, preset, config, splits, where, progress)
 
 
-def _evaluate_run(folder: Path, overrides: dict[str, Any], device: torch.device, progress: Progress) -> Evaluation:
+def _evaluate_run(
+    folder: Path, overrides: dict[str, Any], device: torch.device, progress: Progress, prompts: str | None
+) -> Evaluation:
     """Base and tuned model of a run, with its own protocol and the judges of its record, or changed ones."""
     policy, config = load_tuned(folder, device)
-    preset = load_preset(config.model)
-    protocol = config.evaluation
-    if protocol.judges is None and (folder / RECORD).is_file():
-        # What is a judge by default may have changed since.
-        protocol = protocol.model_copy(update={"judges": _judges_of(folder, preset)})
+    preset = kept_preset(folder, config)
     if overrides:
-        protocol = evaluation_config(preset, {**_flat(protocol), **overrides}, config.reward)
-    config = config.model_copy(update={"evaluation": protocol})
-    splits = [load_split(preset.prompts, name) for name in protocol.splits]
+        protocol = evaluation_config(preset, {**_flat(config.evaluation), **overrides}, config.reward)
+        config = config.model_copy(update={"evaluation": protocol})
+    own = config.prompt_set(preset)
+    splits, config = _chosen(prompts, config, overrides)
+    splits = splits or [kept_split(folder, own, name) for name in config.evaluation.splits]
+    prompt_set = config.prompt_set(preset)
+    check_needs([rewards.describe(name) for name in term_names(config.reward)], prompt_set, splits)
+    if config.evaluation.judges is None and "evaluation.judges" not in overrides and (folder / RECORD).is_file():
+        # What is a judge by default may have changed since.
+        judged = {"judges": _judges_of(folder, prompt_set, splits)}
+        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=judged)})
     reward = build_reward(config.reward, preset, device)
-    judges = build_judges(config, reward, preset, device)
-    scores = compare(evaluate_pairs(policy, splits, judges, protocol, progress))
+    judges = build_judges(config, reward, preset, device, splits)
+    scores = compare(evaluate_pairs(policy, splits, judges, config.evaluation, progress))
     if study := exact_study(policy, reward, config):
-        scores |= study.scores(protocol.splits)
+        scores |= study.scores(config.evaluation.splits)
     title = f"{config.algorithm} on {config.reward}, seed {config.seed}"
     return Evaluation(title, scores, trained_on=config.reward, held_out=judges.held_out)
 
 
-def _judges_of(folder: Path, preset: ModelPreset) -> tuple[str, ...] | None:
+def _chosen(prompts: str | None, config: RunConfig, overrides: dict[str, Any]) -> tuple[list[PromptSplit], RunConfig]:
+    """The splits of the prompts asked for, and the configuration with both; no splits where none were asked for."""
+    if prompts is None:
+        return [], config
+    located = locate(prompts)
+    if Path(located).is_file():
+        if "evaluation.splits" in overrides:
+            raise UsageError(f"all prompts of the file '{prompts}' are one split; leave out evaluation.splits")
+        splits = [whole_file(Path(located))]
+    else:
+        wanted = config.evaluation.splits
+        names = wanted if "evaluation.splits" in overrides else present_splits(located, wanted)
+        splits = [load_split(located, name) for name in names]
+    protocol = config.evaluation.model_copy(update={"splits": tuple(split.name for split in splits)})
+    return splits, config.model_copy(update={"prompts": located, "evaluation": protocol})
+
+
+def _judges_of(folder: Path, prompt_set: str, splits: Sequence[PromptSplit]) -> tuple[str, ...] | None:
     judges = load_record(folder / RECORD).judges
     if not judges:
         return None
-    return (*judges, "oracle") if preset.prompts == "shapes" else tuple(judges)
+    return (*usable(judges, prompt_set, splits), *(("oracle",) if reads_oracle(prompt_set) else ()))
 
 
 def _flat(protocol: EvaluationConfig) -> dict[str, Any]:
@@ -116,14 +155,15 @@ def _evaluate_weights(
     path: Path,
     load: Callable[[Path, ModelPreset, torch.device], tuple[Policy, Policy]],
     preset: ModelPreset,
-    protocol: EvaluationConfig,
+    config: RunConfig,
+    splits: list[PromptSplit],
     device: torch.device,
     progress: Progress,
 ) -> Evaluation:
     """The preset's base model against other weights, on the same prompts and noise."""
     base, tuned = load(path, preset, device)
-    splits = [load_split(preset.prompts, name) for name in protocol.splits]
-    judges = build_judges(_no_run(preset, protocol), None, preset, device)
+    protocol = config.evaluation
+    judges = build_judges(config, None, preset, device, splits)
     if base is tuned:
         pairs = evaluate_pairs(tuned, splits, judges, protocol, progress)
     else:
@@ -142,7 +182,9 @@ def _evaluate_images(
     folder: Path, preset: ModelPreset, protocol: EvaluationConfig, device: torch.device, progress: Progress
 ) -> Evaluation:
     gallery = read_gallery(folder)
-    judges = build_judges(_no_run(preset, protocol), None, preset, device)
+    # For messages alone: which prompts the images were made for.
+    split = PromptSplit("images", gallery.prompts, "")
+    judges = build_judges(_no_run(preset, protocol), None, preset, device, [split])
     scores = score_gallery(gallery, judges, protocol.batch, device, _Counter(progress, len(gallery)))
     return Evaluation(f"{len(gallery)} images in {folder.name}", images=scores, held_out=judges.held_out)
 

@@ -23,6 +23,7 @@ from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, build_reward
 from flowbench.evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split
 from flowbench.evaluation.statistics import mean_ci95
+from flowbench.experiments.inputs import keep_inputs, kept_preset
 from flowbench.models.devices import pick_device
 from flowbench.models.families.plane_field import load_analytic_pipeline
 from flowbench.models.families.plane_policy import AnalyticPolicy
@@ -114,13 +115,14 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     Raises RunError when something fails on the way, with all that was computed saved.
     """
     preset, device = load_preset(config.model), pick_device(config.device)
-    splits = [load_split(preset.prompts, name) for name in config.evaluation.splits]
-    train_prompts = load_split(preset.prompts, "train")
+    splits = [load_split(config.prompt_set(preset), name) for name in config.evaluation.splits]
+    train_prompts = load_split(config.prompt_set(preset), "train")
     prepare_folder(folder, config, resume)
+    keep_inputs(folder, preset, train_prompts, splits)
     reward = build_reward(config.reward, preset, device, config.training.reward_scale == "standardized")
     policy = build_policy(config, preset, device)
     # Now, so that a missing or forbidden judge costs no training; a GPU's memory is then for training alone.
-    early = build_judges(config, reward, preset, torch.device("cpu"))
+    early = build_judges(config, reward, preset, torch.device("cpu"), splits)
     judges = early if device.type == "cpu" else None
     algorithm = build_algorithm(config, reward)
     trainer = Trainer(config, policy, algorithm, reward, train_prompts.prompts, folder, listener.on_iteration)
@@ -133,12 +135,12 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         trainer.resume()
     listener.on_start(trainer.iteration, trainer.iterations)
     if device.type != "cpu":  # now, because training moves the text encoders off the device
-        policy.encode([p.text for split in splits for p in spread(split, config.evaluation.prompts)])
+        policy.encode([p for split in splits for p in spread(split, config.evaluation.prompts)])
     budget = trainer.run()
     trainer.updater.use_average()
     policy.save(folder / "checkpoints" / "tuned")
     evaluation_begun = time.perf_counter()
-    judges = judges or build_judges(config, reward, preset, device)
+    judges = judges or build_judges(config, reward, preset, device, splits)
     pairs = evaluate_pairs(policy, splits, judges, config.evaluation, listener.on_evaluation)
     scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
     spent = Spent(
@@ -280,7 +282,7 @@ def load_tuned(folder: Path, device: torch.device) -> tuple[Policy, RunConfig]:
         raise RunError(f"run '{folder}' has no checkpoint yet; continue it with --resume")
     from flowbench.training.state import load_state
 
-    policy = build_policy(config, load_preset(config.model), device)
+    policy = build_policy(config, kept_preset(folder, config), device)
     state = load_state(checkpoint)
     # The reference view of a run that uses "old" is not needed to sample from it.
     policy.load_state_dict({"current": state["average"] or state["policy"]["current"]})

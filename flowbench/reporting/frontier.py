@@ -65,7 +65,7 @@ def sample_picture(path: Path, samples: Mapping[str, torch.Tensor], title: str) 
 
     figure = Figure(figsize=(4.8, 4.4), dpi=110, layout="constrained")
     axis = figure.subplots()
-    axis.set_title(title)
+    axis.set_title(title, parse_math=False)  # a prompt may hold dollar signs
     scatter(axis, samples)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -44,7 +44,7 @@ def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]
         axis.set_yticks([])
         for spine in axis.spines.values():
             spine.set_visible(False)
-    axes[0].set_yticks([(r + 0.5) * (height + 2) for r in range(rows)], prompts, fontsize=8)
+    axes[0].set_yticks([(r + 0.5) * (height + 2) for r in range(rows)], prompts, fontsize=8, parse_math=False)
     axes[0].tick_params(length=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

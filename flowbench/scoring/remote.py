@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flowbench.prompts import Prompt, as_prompt
 
 MAX_SIDE = 4096  # pixels; a PNG of a few kilobytes can claim gigabytes
 TOKEN = "FLOWBENCH_REWARD_TOKEN"
@@ -29,13 +31,16 @@ class _Body(BaseModel):
 class ScoreRequest(_Body):
     """B images and their prompts.
 
-    images: base64 of PNG files, or of little-endian float32 values in [0, 1] in the order of `shape`, (3, H, W).
+    images: base64 of PNG files, or of little-endian float32 values in [0, 1] in the order of `shape`, (3, H, W);
+    metadata, categories: of each prompt, sent to servers that say that they take them.
     """
 
     format: ImageFormat
     images: list[str] = Field(min_length=1)
     prompts: list[str]
     shape: tuple[int, int, int] | None = None
+    metadata: list[dict[str, Any]] | None = None
+    categories: list[str] | None = None
 
 
 class ScoreReply(BaseModel):
@@ -44,18 +49,31 @@ class ScoreReply(BaseModel):
     scores: list[float]
 
 
-def pack(images: torch.Tensor, prompts: tuple[str, ...], format: ImageFormat) -> str:
-    """The JSON body of a request for images (B, 3, H, W) in [0, 1]; PNG rounds them to 8 bits."""
+def pack(images: torch.Tensor, prompts: tuple[str, ...], format: ImageFormat, metadata: bool = False) -> str:
+    """The JSON body of a request for images (B, 3, H, W) in [0, 1]; PNG rounds them to 8 bits.
+
+    metadata: whether it has the prompts' categories and metadata; a server that does not know them refuses the keys.
+    """
     cpu = images.detach().float().cpu()
+    asked = [as_prompt(p) for p in prompts]
     if format == "png":
         pixels = (cpu.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        return ScoreRequest(format=format, images=[_png(p) for p in pixels], prompts=list(prompts)).model_dump_json()
-    raw = [_text(image.numpy().astype("<f4").tobytes()) for image in cpu]
-    shape = (cpu.shape[1], cpu.shape[2], cpu.shape[3])
-    return ScoreRequest(format=format, images=raw, prompts=list(prompts), shape=shape).model_dump_json()
+        encoded, shape = [_png(p) for p in pixels], None
+    else:
+        encoded = [_text(image.numpy().astype("<f4").tobytes()) for image in cpu]
+        shape = (cpu.shape[1], cpu.shape[2], cpu.shape[3])
+    request = ScoreRequest(
+        format=format,
+        images=encoded,
+        prompts=[p.text for p in asked],
+        shape=shape,
+        metadata=[dict(p.metadata) for p in asked],
+        categories=[p.category for p in asked],
+    )
+    return request.model_dump_json(exclude=None if metadata else {"metadata", "categories"})
 
 
-def unpack(body: bytes) -> tuple[torch.Tensor, tuple[str, ...]]:
+def unpack(body: bytes) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
     """Images (B, 3, H, W) float32 in [0, 1] and B prompts of a request's JSON body.
 
     Raises FormatError.
@@ -66,13 +84,19 @@ def unpack(body: bytes) -> tuple[torch.Tensor, tuple[str, ...]]:
         raise FormatError(_where(error)) from error
     if len(request.images) != len(request.prompts):
         raise FormatError(f"{len(request.images)} images for {len(request.prompts)} prompts")
+    for name in ("metadata", "categories"):
+        given = getattr(request, name)
+        if given is not None and len(given) != len(request.prompts):
+            raise FormatError(f"{len(given)} {name} for {len(request.prompts)} prompts")
     if request.format == "float32" and request.shape is None:
         raise FormatError("format float32 needs shape, [3, height, width]")
     images = [_decode(text, request, i) for i, text in enumerate(request.images)]
     for i, image in enumerate(images):
         if image.shape != images[0].shape:
             raise FormatError(f"image {i} has {_size(image)} pixels, image 0 has {_size(images[0])}")
-    return torch.stack(images), tuple(request.prompts)
+    count = len(request.prompts)
+    told = zip(request.prompts, request.categories or [""] * count, request.metadata or [{}] * count, strict=True)
+    return torch.stack(images), tuple(Prompt(text, category, metadata) for text, category, metadata in told)
 
 
 def read_scores(body: bytes, count: int) -> torch.Tensor:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from flowbench import __version__
-from flowbench.errors import RunError
+from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.judges import build_reward
 from flowbench.models.devices import pick_device
 from flowbench.models.presets import load_preset
+from flowbench.prompts.needs import lacking
 from flowbench.reward import Reward, checked_score
 from flowbench.scoring.remote import TOKEN, FormatError, unpack
+from flowbench.terms import combined_info, parse_reward
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class RewardServer(ThreadingHTTPServer):
             "range": [None if bound in (float("inf"), float("-inf")) else bound for bound in info.range],
             "provenance": self.reward.provenance(),
             "max_bytes": self.limits.body,
+            "metadata": True,
+            "needs_metadata": list(info.needs_metadata),
             "flowbench": __version__,
         }
 
@@ -71,6 +75,9 @@ class RewardServer(ThreadingHTTPServer):
         Raises FormatError for a bad request, RunError for a bad score.
         """
         images, prompts = unpack(body)
+        for i, prompt in enumerate(prompts):
+            if what := lacking(self.reward.info, prompt):
+                raise FormatError(f"reward '{self.reward.info.name}' needs {what} of every prompt; prompt {i} has none")
         with self.lock:
             return {"scores": checked_score(self.reward, images, prompts).tolist()}
 
@@ -148,8 +155,11 @@ def serve_reward(
 ) -> None:
     """Serve a reward, as a model's preset configures it, until interrupted.
 
-    Raises UsageError for an unknown reward or device, RunError when weights are missing or the port is taken.
+    Raises UsageError for an unknown reward or device, or a reward that needs reference images, which are not sent;
+    RunError when weights are missing or the port is taken.
     """
+    if combined_info(parse_reward(name)).needs_reference:
+        raise UsageError(f"reward '{name}' needs reference images, which are not sent over HTTP; run it in the run")
     reward = build_reward(name, load_preset(model), pick_device(device))
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     with RewardServer(address, reward, token, limits) as server:

@@ -65,14 +65,14 @@ class Collector:
             log_prob=samples.log_prob,
         )
 
-    def _draw_prompts(self, iteration: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+    def _draw_prompts(self, iteration: int) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
         """The group (B,) of each image of an iteration, and its prompt; all prompts before one comes twice."""
         training = self.config.training
         chosen = torch.randperm(len(self.prompts), generator=generator_for(self.config.seed, "prompts", iteration))
         count = training.prompts_per_iteration
         chosen = chosen.repeat(math.ceil(count / len(chosen)))[:count]
         group = torch.arange(count).repeat_interleave(training.images_per_prompt)
-        return group, tuple(self.prompts[chosen[g]].text for g in group)
+        return group, tuple(self.prompts[chosen[g]] for g in group)
 
     @torch.no_grad()
     def _scores(

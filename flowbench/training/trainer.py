@@ -147,7 +147,7 @@ class Trainer:
 
     def _encode_prompts(self) -> None:
         self.policy.encode([""])  # on its own, as an evaluation does, so that it is the same to the last bit
-        self.policy.encode([p.text for p in self.prompts])
+        self.policy.encode(self.prompts)
         if self.policy.device.type != "cpu":
             self.policy.release_text_encoders()
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
+from flowbench.prompts import prompt_sets
 
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
@@ -101,9 +102,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_preset(name: str) -> ModelPreset:
+def load_preset(name: str, resolve: bool = True) -> ModelPreset:
     """The preset of that name, or of that YAML file.
 
+    Paths in a file are relative to it: source, prompts, and arguments of rewards that name something beside the file
+    become absolute, unless `resolve` is False (for a hash, which must not say where a file lies).
     Raises UsageError for an unknown name or a file that is no preset.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
@@ -112,10 +115,23 @@ def load_preset(name: str) -> ModelPreset:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
-        preset = kind.model_validate({"name": path.stem, **content})
+        preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
     if preset.like is not None and preset.like not in preset_names():
         known = did_you_mean(preset.like, preset_names())
         raise UsageError(f"model file '{path}' is like '{preset.like}', which is no built-in model{known}")
-    return preset
+    return _beside(preset, path.parent) if resolve and path.parent != FOLDER else preset
+
+
+def _beside(preset: ModelPreset, folder: Path) -> ModelPreset:
+    """The preset with absolute paths for what it names beside its file."""
+
+    def located(value: Any) -> Any:
+        if not isinstance(value, str) or not value or not os.path.exists(folder / value):
+            return value
+        return str((folder / value).resolve())
+
+    prompts = preset.prompts if preset.prompts in prompt_sets() else located(preset.prompts)
+    rewards = {name: {k: located(v) for k, v in arguments.items()} for name, arguments in preset.rewards.items()}
+    return preset.model_copy(update={"source": located(preset.source), "prompts": prompts, "rewards": rewards})

@@ -69,7 +69,7 @@ class Server:
 
     def _score(self, request: Score) -> Scored:
         assert self.reward is not None
-        images, prompts = request.images.to(self.device), tuple(request.prompts)
+        images, prompts = request.images.to(self.device), request.full_prompts()
         if request.call is None:
             with torch.no_grad():
                 return Scored(torch.as_tensor(self.reward.score(images, prompts)).float())

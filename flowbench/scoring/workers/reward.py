@@ -63,7 +63,7 @@ class WorkerReward(Reward):
         """As the reward itself; a worker that dies is started again once and asked again."""
         if self.info.differentiable and images.requires_grad and torch.is_grad_enabled():
             return _Crossing.apply(images, prompts, self.worker)
-        return _score(self.worker, Score(images, list(prompts), None))
+        return _score(self.worker, Score.of(images, prompts, None))
 
     def provenance(self) -> dict[str, Any]:
         """The reward's own, and the packages of its environment."""
@@ -81,7 +81,7 @@ class _Crossing(torch.autograd.Function):
     def forward(ctx: Any, images: torch.Tensor, prompts: tuple[str, ...], worker: Worker) -> torch.Tensor:
         ctx.save_for_backward(images)
         ctx.prompts, ctx.worker, ctx.call = prompts, worker, next(_calls)
-        return _score(worker, Score(images, list(prompts), ctx.call))
+        return _score(worker, Score.of(images, prompts, ctx.call))
 
     @staticmethod
     @once_differentiable
@@ -90,7 +90,7 @@ class _Crossing(torch.autograd.Function):
         worker, request = ctx.worker, Backward(ctx.call, cotangent)
         reply = worker.ask(request)
         if isinstance(reply, Forgotten):  # the worker was started anew, or holds later calls
-            reply = worker.ask(Score(images, list(ctx.prompts), ctx.call), request)
+            reply = worker.ask(Score.of(images, ctx.prompts, ctx.call), request)
         if not isinstance(reply, Gradient):
             raise worker.gone("while it computed a gradient")
         return reply.images.to(images), None, None

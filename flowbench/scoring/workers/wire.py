@@ -11,9 +11,12 @@ import math
 import socket
 import struct
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from flowbench.prompts import Prompt, as_prompt
 
 MAGIC = b"FBW1"
 _PREFIX = struct.Struct(">4sIQ")
@@ -45,11 +48,34 @@ class Ready:
 
 @dataclass(frozen=True)
 class Score:
-    """Score images (B, 3, H, W). call: a number to ask for the gradient by, or None if none will be asked for."""
+    """Score images (B, 3, H, W).
+
+    call: a number to ask for the gradient by, or None if none will be asked for. details: of each prompt, category,
+    metadata and the path of the reference image, which both sides can read; None if nothing more than the texts is
+    known.
+    """
 
     images: torch.Tensor
     prompts: list[str]
     call: int | None
+    details: list[tuple[str, dict[str, Any], str | None]] | None = None
+
+    @classmethod
+    def of(cls, images: torch.Tensor, prompts: tuple[str, ...], call: int | None) -> Score:
+        """The request for these prompts with all that is known of them."""
+        asked = [as_prompt(p) for p in prompts]
+        known = any(p.category or p.metadata or p.reference for p in asked)
+        details = [(p.category, dict(p.metadata), str(p.reference) if p.reference else None) for p in asked]
+        return cls(images, [p.text for p in asked], call, details if known else None)
+
+    def full_prompts(self) -> tuple[Prompt, ...]:
+        """The prompts with all that was sent of them."""
+        if self.details is None:
+            return tuple(map(as_prompt, self.prompts))
+        return tuple(
+            Prompt(text, category, metadata, Path(reference) if reference else None)
+            for text, (category, metadata, reference) in zip(self.prompts, self.details, strict=True)
+        )
 
 
 @dataclass(frozen=True)

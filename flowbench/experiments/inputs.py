@@ -1,0 +1,42 @@
+"""What a run was made from, kept in its folder: the preset and the prompts, so that it can be looked at anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from flowbench.config import RunConfig
+from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.prompts import PromptSplit, available_splits, load_split, save_split
+from flowbench.record import write_atomically
+
+PRESET, PROMPTS = "preset.yaml", "prompts"
+
+
+def keep_inputs(folder: Path, preset: ModelPreset, train: PromptSplit, evaluated: Sequence[PromptSplit]) -> None:
+    """Write preset.yaml and prompts/<split>.<suffix> into a run folder, in place of what is there.
+
+    Paths are absolute, but reference images of evaluated prompts are copied.
+    """
+    write_atomically(folder / PRESET, yaml.safe_dump(preset.model_dump(mode="json"), sort_keys=False))
+    shutil.rmtree(folder / PROMPTS, ignore_errors=True)
+    save_split(train, folder / PROMPTS, with_references=False)
+    for split in evaluated:
+        save_split(split, folder / PROMPTS, with_references=True)
+
+
+def kept_preset(folder: Path, config: RunConfig) -> ModelPreset:
+    """The preset of a run: its copy, or for an older run folder the preset that the configuration names."""
+    path = folder / PRESET
+    return load_preset(str(path)) if path.is_file() else load_preset(config.model)
+
+
+def kept_split(folder: Path, prompt_set: str, name: str) -> PromptSplit:
+    """A split of a run's prompts: its copy, or for one that the run did not use that of its prompt set."""
+    place = str((folder / PROMPTS).resolve())
+    if (folder / PROMPTS).is_dir() and name in available_splits(place):
+        return load_split(place, name)
+    return load_split(prompt_set, name)
