@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flowbench.errors import RunError, UsageError
+from flowbench.models.families import load_pipeline
 from flowbench.models.flow import SAMPLERS
-from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset
 from flowbench.training.state import load_state, save_state
 
@@ -69,9 +70,9 @@ def test_the_ode_sampler_draws_what_the_plain_diffusers_pipeline_draws(shared_po
 def test_encoding_keeps_one_embedding_per_text(shared_policy: Policy):
     cond = shared_policy.encode(PROMPTS)
     assert cond.index.tolist() == [0, 1, 0]
-    assert len(cond.tokens) == len(cond.pooled) == 2
+    assert len(cond.tensors["tokens"]) == len(cond.tensors["pooled"]) == 2
     alone = shared_policy.encode(["two crosses"])
-    assert torch.equal(alone.pooled[0], cond.pooled[1])
+    assert torch.equal(alone.tensors["pooled"][0], cond.tensors["pooled"][1])
     assert cond.select(torch.tensor([2, 1])).index.tolist() == [0, 1]
 
 
@@ -153,7 +154,7 @@ def test_saved_lora_weights_load_in_plain_diffusers(make_policy: MakePolicy, pre
     x, sigma, cond = inputs(policy)
 
     def plain_velocity() -> torch.Tensor:
-        tokens, pooled = cond.tokens[cond.index], cond.pooled[cond.index]
+        tokens, pooled = cond.rows().values()
         with torch.no_grad():
             return plain.transformer(x, tokens, pooled, timestep=sigma * 1000, return_dict=False)[0]
 
@@ -171,7 +172,7 @@ def test_a_saved_transformer_loads_in_plain_diffusers(make_policy: MakePolicy, t
     plain = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     x, sigma, cond = inputs(policy)
     with torch.no_grad():
-        v = plain(x, cond.tokens[cond.index], cond.pooled[cond.index], timestep=sigma * 1000, return_dict=False)[0]
+        v = plain(x, *cond.rows().values(), timestep=sigma * 1000, return_dict=False)[0]
     assert torch.equal(v, velocity(policy))
 
 

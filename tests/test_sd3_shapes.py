@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from flowbench.errors import RunError
+from flowbench.models.families import load_pipeline
 from flowbench.models.flow import velocity_error
-from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.rewards.clip import Clip
@@ -305,7 +306,7 @@ def test_the_saved_lora_weights_give_plain_diffusers_the_tuned_velocity(
     plain.load_lora_weights(tmp_path / "tuned")
     x, cond = policy.draw_noise(2), policy.encode(PROMPTS)
     with torch.no_grad():
-        theirs = plain.transformer(x, cond.tokens, cond.pooled, timestep=torch.full((2,), 500.0), return_dict=False)[0]
+        theirs = plain.transformer(x, *cond.rows().values(), timestep=torch.full((2,), 500.0), return_dict=False)[0]
         ours = policy.velocity(x, torch.full((2,), 0.5), cond)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
+from flowbench.models.families import family_entry
+from flowbench.models.presets.undescribed import described, find_pipeline, is_hub_id
 
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
@@ -19,15 +21,18 @@ ANALYTIC = "analytic:"  # a source that is a formula
 class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
-    source: hub id, or "embedded:NAME"; resolution in pixels; num_steps and guidance_scale of sampling (1 is none);
-    rewards: constructor arguments per reward; training, evaluation, algorithms: overrides of the general defaults. An
-    algorithm has the sections training and algorithm, and under rewards.NAME such sections for one reward alone.
+    source: hub id, folder, or "embedded:NAME"; family: of its pipeline, see models/families; resolution in pixels;
+    num_steps and guidance_scale of sampling (1 is none); rewards: constructor arguments per reward; training,
+    evaluation, algorithms: overrides of the general defaults. An algorithm has the sections training and algorithm, and
+    under rewards.NAME such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    added_later: ClassVar = frozenset({"family"})
 
     name: str
     source: str
+    family: str = "sd3"
     revision: str | None = None
     licence: str
     resolution: int
@@ -69,6 +74,7 @@ class AnalyticPreset(ModelPreset):
     density: the arguments of that distribution, see analytic/density.py.
     """
 
+    family: str = "plane"
     resolution: int = 1
     guidance_scale: float = 1.0
     max_sequence_length: int = 1
@@ -99,16 +105,32 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> ModelPreset:
-    """The preset of that name, or of that YAML file.
+    """The preset of that name, of that YAML file, or of a pipeline's folder or hub id that no preset describes.
 
-    Raises UsageError for an unknown name or a file that is no preset.
+    Raises UsageError for an unknown name, a file that is no preset, or a pipeline that no family serves.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise UsageError(f"unknown model '{name}'{did_you_mean(name, preset_names())}")
+        folder = find_pipeline(name, resolve_weights(name))
+        if folder is not None:
+            return ModelPreset.model_validate(described(name, folder))
+        raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
-        return kind.model_validate({"name": path.stem, **content})
+        preset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
+    try:
+        family_entry(preset.family)
+    except UsageError as error:
+        raise UsageError(f"model file '{path}': {error}") from error
+    return preset
+
+
+def _remedy(name: str) -> str:
+    if is_hub_id(name):
+        return f"; it is neither below FLOWBENCH_WEIGHTS nor in the hub's cache, fetch it with 'hf download {name}'"
+    if Path(name).is_dir():
+        return "; that folder has no model_index.json"
+    return did_you_mean(name, preset_names())
