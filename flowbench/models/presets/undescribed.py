@@ -63,7 +63,7 @@ def described(name: str, folder: Path) -> dict[str, Any]:
         "source": str(Path(name).resolve()) if Path(name).is_dir() else name,
         "family": family,
         "licence": "unknown",
-        "resolution": _sample_size(transformer) * 2 ** (len(vae.get("block_out_channels", range(4))) - 1),
+        "resolution": _resolution(transformer, vae),
         "num_steps": num_steps,
         "guidance_scale": entry.guidance_scale if guided else 1.0,
         "max_sequence_length": entry.max_sequence_length,
@@ -74,9 +74,11 @@ def described(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _sample_size(transformer: dict[str, Any]) -> int:
-    """Latents per side; pipelines whose transformer does not say make 128."""
-    return int(transformer.get("sample_size") or 128)
+def _resolution(transformer: dict[str, Any], vae: dict[str, Any]) -> int:
+    """Pixels per side: what the transformer says in latents, else what the VAE says."""
+    if "sample_size" in transformer:
+        return int(transformer["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(vae.get("sample_size", 1024))
 
 
 def _read(path: Path) -> dict[str, Any]:
