@@ -238,7 +238,7 @@ def test_a_hub_id_is_found_below_flowbench_weights_and_in_the_hubs_cache(
 ) -> None:
     (tmp_path / "maker").mkdir()
     (tmp_path / "maker" / "model").symlink_to(folders["lumina2"])
-    with pytest.raises(UsageError, match="unknown model 'maker/model'; .*fetch it with 'hf download maker/model'"):
+    with pytest.raises(UsageError, match=r"unknown model 'maker/model'; .*fetch it with 'hf download maker/model'"):
         load_preset("maker/model")
     monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(tmp_path))
     below = load_preset("maker/model")
