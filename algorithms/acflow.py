@@ -10,7 +10,7 @@ The paper's code and hyperparameters are not public: every default below is flow
 
 Deviations and choices where the source leaves them open:
 1. States are re-noised samples by default, so that V* = E[r_s | x_sigma]; "trajectory" takes the sampler's own states.
-2. The critic sees the pooled text embedding.
+2. The critic sees a summary of the text: the pooled embedding, or the mean of the tokens where a model has none.
 3. The images of a prompt are re-noised with the same noise and sigma (`shared_noise`). Their centred advantages sum to
    about zero, so that most of the noise's part of the gradient cancels; the expectation is unchanged.
 4. Weights may be centred over the batch (`center`). Positive weights whose mean is not zero also distil the model on
@@ -136,7 +136,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         if self.cfg.critic != "none":
             torch.manual_seed(0)
             channels, *sides = policy.latent_shape
-            self.critic = StateCritic(channels, policy.pooled_width, self.cfg.critic_width, min(sides))
+            self.critic = StateCritic(channels, policy.text_width, self.cfg.critic_width, min(sides))
 
     def needs(self) -> frozenset[str]:
         return self.info.needs if self.cfg.states == "trajectory" else frozenset({"endpoint"})
@@ -226,5 +226,5 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         return x, sigma, (x - batch.x0) / sigma[:, None, None, None]
 
     def _value(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
-        value: torch.Tensor = self.critic(x.detach(), sigma, batch.cond.pooled[batch.cond.index])
+        value: torch.Tensor = self.critic(x.detach(), sigma, self.policy.text_summary(batch.cond))
         return value

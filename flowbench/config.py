@@ -117,7 +117,8 @@ class RunConfig(_Section):
         content["hyperparameters"] = _without_unused(self.hyperparameters, algorithms.get(self.algorithm).cls.Config)
         # Its defaults, and those that it takes from a model like it, are in the resolved settings already.
         resolved = {"training", "evaluation", "algorithms", "like"}
-        content["preset"] = load_preset(self.model, resolve=False).model_dump(mode="json", exclude=resolved)
+        preset = load_preset(self.model, resolve=False)
+        content["preset"] = _without_unused(preset.model_dump(mode="json", exclude=resolved), type(preset))
         # Judges do not change what a run computes; clip was in every hash before there were others.
         used = {"clip", *term_names(self.reward)}
         known = content["preset"].get("rewards", {})
@@ -133,7 +134,7 @@ def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:
 
 
 def _without_unused(
-    settings: dict[str, Any], kind: type[TrainingConfig | EvaluationConfig | AlgorithmConfig]
+    settings: dict[str, Any], kind: type[TrainingConfig | EvaluationConfig | AlgorithmConfig | ModelPreset]
 ) -> dict[str, Any]:
     """The settings without those that older records do not have and that are at their defaults: old hashes stay."""
     unused = {name: kind.model_fields[name].default for name in kind.added_later}

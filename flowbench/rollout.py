@@ -11,14 +11,29 @@ from flowbench.errors import RunError
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """Text conditioning of rows: the embeddings of P different prompts, and which one each row has.
+class RolloutPlan:
+    """What an algorithm asks of its rollouts, beside what its `needs` say.
 
-    tokens (P, L, D), pooled (P, D'), index (B,) int64.
+    sampler: its name, or None for the run's own; shared_noise: the images of a prompt begin with the same noise;
+    branch_step k: they also share the first k steps, and part in step k; keep_steps: the Gaussian of each step is kept,
+    `Rollout.step_mean` and `step_std`.
     """
 
-    tokens: torch.Tensor
-    pooled: torch.Tensor
+    sampler: str | None = None
+    shared_noise: bool = False
+    branch_step: int | None = None
+    keep_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text conditioning of B rows: the embeddings of P different prompts, and which one each row has.
+
+    tensors: the family's own names to (P, ...), on which rows of one prompt share memory; index (B,) int64. Where
+    prompts differ in length, shorter ones are padded and a tensor says which tokens are true.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
     index: torch.Tensor
 
     def __len__(self) -> int:
@@ -28,6 +43,10 @@ class Conditioning:
         """The conditioning of these rows; embeddings are shared, not copied."""
         return replace(self, index=self.index[rows])
 
+    def rows(self) -> dict[str, torch.Tensor]:
+        """The tensors of each row, (B, ...), copied."""
+        return {name: tensor[self.index] for name, tensor in self.tensors.items()}
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -35,8 +54,9 @@ class Rollout:
 
     prompts: B texts; group (B,) int64, equal for images of one prompt; x0 (B, C, h, w); images (B, 3, H, W) in [0, 1];
     reward (B,) float32, raw; sigmas (T + 1,); states (B, T + 1, C, h, w) if the algorithm needs "states" or "log_prob",
-    from noise to x0; log_prob (B, T), summed over latent dimensions, if it needs "log_prob"; components: name to raw
-    scores (B,) of each reward that `reward` is made of.
+    from noise to x0; log_prob (B, T), summed over latent dimensions, if it needs "log_prob"; step_mean (B, T, C, h, w)
+    and step_std (B, T), the Gaussian of each step as the behaviour policy took it, if its plan keeps steps; components:
+    name to raw scores (B,) of each reward that `reward` is made of.
     """
 
     iteration: int
@@ -49,6 +69,8 @@ class Rollout:
     reward: torch.Tensor
     states: torch.Tensor | None = None
     log_prob: torch.Tensor | None = None
+    step_mean: torch.Tensor | None = None
+    step_std: torch.Tensor | None = None
     components: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -70,8 +92,8 @@ class Batch:
 
     x0 (R, C, h, w); advantage (R,), what the algorithm made of the rewards (its own docstring says which quantity);
     prompts: R texts; group (R,) int64, rows that belong together and stay in one minibatch where they fit; for
-    transitions x, x_next (R, C, h, w), sigma, sigma_next, log_prob_old (R,); for pairs rival (R, C, h, w), the other
-    image of the same prompt.
+    transitions x, x_next (R, C, h, w), sigma, sigma_next, log_prob_old (R,), and step_mean (R, C, h, w), step_std (R,)
+    of a rollout that keeps steps; for pairs rival (R, C, h, w), the other image of the same prompt.
     In a minibatch each row also has its own noise (R, N, C, h, w) and noise_sigma (R,), as the algorithm's `draws`
     asks; and scalars, name to (R,): what `prepare` or `compare` says of each row.
     """
@@ -87,6 +109,8 @@ class Batch:
     log_prob_old: torch.Tensor | None = None
     group: torch.Tensor | None = None
     rival: torch.Tensor | None = None
+    step_mean: torch.Tensor | None = None
+    step_std: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     noise_sigma: torch.Tensor | None = None
     scalars: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -180,7 +204,8 @@ def visited(rollout: Rollout, advantage: torch.Tensor, step: torch.Tensor) -> Ba
 def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
     """One row per image and sampler step, image by image; the rollout must have states and log_prob.
 
-    Steps without noise (the ODE part of a mixed sampler) have no density and are left out.
+    advantage is one per image, (B,), or one per transition, (B, T). Steps without noise (the ODE part of a mixed
+    sampler) have no density and are left out.
     """
     assert rollout.states is not None
     assert rollout.log_prob is not None
@@ -193,12 +218,14 @@ def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
         prompts=tuple(rollout.prompts[i] for i in image.tolist()),
         cond=rollout.cond.select(image),
         x0=rollout.x0[image],
-        advantage=advantage[image],
+        advantage=advantage[image] if advantage.ndim == 1 else advantage[image, step],
         x=rollout.states[image, step],
         x_next=rollout.states[image, step + 1],
         sigma=rollout.sigmas[step],
         sigma_next=rollout.sigmas[step + 1],
         log_prob_old=rollout.log_prob[image, step],
+        step_mean=None if rollout.step_mean is None else rollout.step_mean[image, step],
+        step_std=None if rollout.step_std is None else rollout.step_std[image, step],
     )
 
 

@@ -19,7 +19,8 @@ from small import SMALL
 from flowbench.cli import main as cli
 from flowbench.config import RunConfig, resolve_config
 from flowbench.experiments.run import build_algorithm, build_policy, build_reward
-from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.families import load_pipeline
+from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import load_split
 from flowbench.registry import algorithms, rewards

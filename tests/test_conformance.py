@@ -167,7 +167,7 @@ class NeverBegins(Sound):
 class MovesTheReference(Sound):
     def after_update(self, policy: Policy) -> None:
         with torch.no_grad():
-            for p in policy._copies["reference"].parameters():
+            for p in policy.views.parameters("reference"):
                 p.add_(0.01)
 
 
@@ -288,7 +288,7 @@ class WakesTheVae(Sound):
     def setup(self, policy: Policy) -> None:
         super().setup(policy)
         self.baseline = torch.nn.Linear(policy.draw_noise(1).numel(), 1)
-        policy.vae.requires_grad_(True)
+        policy.pipeline.vae.requires_grad_(True)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         loss = super().loss(policy, batch)

@@ -70,7 +70,7 @@ def test_a_pipeline_is_scored_whole_and_without_a_distance_of_velocities(
     tmp_path: Path, make_policy: Callable[..., Policy], preset_file: str
 ):
     policy = make_policy()
-    policy.vae.decoder.conv_out.bias.data += 0.2  # a change that no transformer weights would show
+    policy.pipeline.vae.decoder.conv_out.bias.data += 0.2  # a change that no transformer weights would show
     policy.pipeline.save_pretrained(tmp_path / "pipeline")
     scores = evaluate(tmp_path / "pipeline", preset_file).scores
     assert not any(name.startswith("w2") for name in scores)

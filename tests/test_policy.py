@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from flowbench.errors import RunError, UsageError
-from flowbench.models.flow import SAMPLERS
-from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.families import load_pipeline
+from flowbench.models.flow import SAMPLERS, gaussian_log_prob
+from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset
 from flowbench.training.state import load_state, save_state
 
@@ -69,9 +70,9 @@ def test_the_ode_sampler_draws_what_the_plain_diffusers_pipeline_draws(shared_po
 def test_encoding_keeps_one_embedding_per_text(shared_policy: Policy):
     cond = shared_policy.encode(PROMPTS)
     assert cond.index.tolist() == [0, 1, 0]
-    assert len(cond.tokens) == len(cond.pooled) == 2
+    assert len(cond.tensors["tokens"]) == len(cond.tensors["pooled"]) == 2
     alone = shared_policy.encode(["two crosses"])
-    assert torch.equal(alone.pooled[0], cond.pooled[1])
+    assert torch.equal(alone.tensors["pooled"][0], cond.tensors["pooled"][1])
     assert cond.select(torch.tensor([2, 1])).index.tolist() == [0, 1]
 
 
@@ -153,7 +154,7 @@ def test_saved_lora_weights_load_in_plain_diffusers(make_policy: MakePolicy, pre
     x, sigma, cond = inputs(policy)
 
     def plain_velocity() -> torch.Tensor:
-        tokens, pooled = cond.tokens[cond.index], cond.pooled[cond.index]
+        tokens, pooled = cond.rows().values()
         with torch.no_grad():
             return plain.transformer(x, tokens, pooled, timestep=sigma * 1000, return_dict=False)[0]
 
@@ -171,7 +172,7 @@ def test_a_saved_transformer_loads_in_plain_diffusers(make_policy: MakePolicy, t
     plain = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     x, sigma, cond = inputs(policy)
     with torch.no_grad():
-        v = plain(x, cond.tokens[cond.index], cond.pooled[cond.index], timestep=sigma * 1000, return_dict=False)[0]
+        v = plain(x, *cond.rows().values(), timestep=sigma * 1000, return_dict=False)[0]
     assert torch.equal(v, velocity(policy))
 
 
@@ -292,3 +293,166 @@ def test_missing_weights_are_reported_with_the_remedy(preset: ModelPreset):
     with pytest.raises(RunError, match=r"cannot be loaded from .*; rebuild it with 'flowbench testbed") as raised:
         load_pipeline(absent, torch.device("cpu"))
     assert len(str(raised.value).splitlines()) == 1
+
+
+# --- gradients through weight views -----------------------------------------------------------------------------------
+
+
+def x_gradient(policy: Policy, weights: str) -> torch.Tensor:
+    x, sigma, cond = inputs(policy)
+    x.requires_grad_()
+    v = policy.velocity(x, sigma, cond, weights=weights, grad=True)
+    return torch.autograd.grad(v.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_the_velocity_of_any_view_is_differentiable_in_x_on_request(make_policy: MakePolicy, tuning: Tuning):
+    policy = make_policy(tuning)
+    perturb(policy)
+    policy.add_view("old")
+    perturb(policy, seed=1)
+    x, sigma, cond = inputs(policy)
+    step, h = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), 2e-3
+    for weights in ("current", "reference", "old"):
+        slope = (x_gradient(policy, weights) * step).sum()
+        with torch.no_grad():
+            up, down = (policy.velocity(x + d * step, sigma, cond, weights).square().sum() for d in (h, -h))
+        assert slope.item() == pytest.approx((up - down).item() / (2 * h), rel=2e-2)
+
+
+@pytest.mark.parametrize("tuning", [FULL, LORA], ids=["full", "lora"])
+def test_no_view_but_the_current_one_has_gradients_of_its_weights(make_policy: MakePolicy, tuning: Tuning):
+    policy = make_policy(tuning)
+    policy.add_view("old")
+    x, sigma, cond = inputs(policy)
+    x.requires_grad_()
+    (
+        policy.velocity(x, sigma, cond, "old", grad=True) + policy.velocity(x, sigma, cond, "reference", grad=True)
+    ).sum().backward()
+    assert x.grad.abs().max() > 0
+    assert all(p.grad is None for p in policy.trainable_parameters())
+    assert all(p.grad is None and not p.requires_grad for p in policy.views.parameters("old"))
+    assert all(p.requires_grad for p in policy.trainable_parameters())
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+def switched_gradients(policy: Policy, first: str, then: str) -> list[torch.Tensor]:
+    """Gradients in x and the trained weights of a view's velocity, with another view active when they are computed."""
+    x, sigma, cond = inputs(policy)
+    x.requires_grad_()
+    v = policy.velocity(x, sigma, cond, weights=first, grad=True)
+    with policy.views.use(then):
+        v.square().sum().backward()
+    trained = [p.grad for p in policy.trainable_parameters() if p.grad is not None]
+    for p in policy.trainable_parameters():
+        p.grad = None
+    assert bool(trained) == (first == "current")
+    return [x.grad, *trained]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("current", "reference"), ("current", "old"), ("reference", "current"), ("old", "current"), ("old", "reference")],
+)
+def test_a_recomputation_sees_the_weight_view_of_its_first_pass(make_policy: MakePolicy, first: str, then: str):
+    policies = [make_policy(LORA, gradient_checkpointing=g) for g in (False, True)]
+    for policy in policies:
+        perturb(policy)
+        policy.add_view("old")
+        perturb(policy, seed=1)
+    plain, recomputed = (switched_gradients(policy, first, then) for policy in policies)
+    assert policies[1].transformer.is_gradient_checkpointing
+    assert len(plain) == len(recomputed) == (1 if first != "current" else 1 + len(policies[0].trainable_parameters()))
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert policies[1].views.active == "current"
+    assert torch.equal(velocity(policies[0]), velocity(policies[1]))
+
+
+def test_a_recomputation_can_be_repeated(make_policy: MakePolicy):
+    policy = make_policy(LORA, gradient_checkpointing=True)
+    x, sigma, cond = inputs(policy)
+    x.requires_grad_()
+    total = policy.velocity(x, sigma, cond, "reference", grad=True).sum()
+    first, second = (torch.autograd.grad(total, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# --- what an algorithm may ask of a rollout ---------------------------------------------------------------------------
+
+SDE = SAMPLERS["flow-sde"]
+
+
+def test_images_of_a_group_share_their_path_up_to_the_branch_and_then_part(make_policy: MakePolicy):
+    policy = make_policy(sampler="flow-sde")
+    group = torch.tensor([1, 0, 1, 0, 1])
+    cond = policy.encode(["two crosses", "a red circle"] * 2 + ["two crosses"])
+    samples = policy.rollout(
+        cond, policy.draw_noise(5), sampler=SDE, group=group, branch_step=2, keep_states=True, keep_steps=True
+    )
+    ones, zeros = samples.states[group == 1], samples.states[group == 0]
+    for rows in (ones, zeros):
+        assert torch.equal(rows[:1, :3].expand_as(rows[:, :3]), rows[:, :3])
+        assert (rows[0, 3:] - rows[1, 3:]).flatten(1).abs().amax(1).min() > 1e-2
+    assert (ones[0, :3] - zeros[0, :3]).flatten(1).abs().amax(1).min() > 1e-2
+    assert torch.equal(samples.states[:, -1], samples.x0)
+    assert policy.function_evaluations == 2 * 2 + 2 * 5
+    # Shared or not, each step is the sampler's own from the state where it was taken.
+    for k in range(4):
+        sigma, sigma_next = samples.sigmas[k].expand(5), samples.sigmas[k + 1].expand(5)
+        with torch.no_grad():
+            step = policy.transition(samples.states[:, k], sigma, sigma_next, cond)
+        torch.testing.assert_close(samples.mean[:, k], step.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(samples.std[:, k], step.std.flatten())
+        torch.testing.assert_close(
+            samples.log_prob[:, k], gaussian_log_prob(samples.states[:, k + 1], step), rtol=1e-3, atol=1e-2
+        )
+
+
+def test_branching_at_step_zero_shares_the_first_noise_alone(make_policy: MakePolicy):
+    policy = make_policy(sampler="flow-sde")
+    noise, cond = policy.draw_noise(2), policy.encode(["two crosses"] * 2)
+    samples = policy.rollout(
+        cond, noise, sampler=SDE, group=torch.zeros(2, dtype=torch.int64), branch_step=0, keep_states=True
+    )
+    assert torch.equal(samples.states[:, 0], noise[:1].expand_as(noise))
+    assert (samples.states[0, 1] - samples.states[1, 1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"sampler": SDE, "branch_step": 1}, "give group"),
+        (
+            {"sampler": SDE, "branch_step": 4, "group": torch.zeros(3, dtype=torch.int64)},
+            "from 0 to 3, for 4 sampler steps",
+        ),
+        ({"branch_step": 1, "group": torch.zeros(3, dtype=torch.int64)}, "never part"),
+    ],
+)
+def test_branches_that_cannot_part_are_refused(shared_policy: Policy, arguments: dict, complaint: str):
+    with pytest.raises(UsageError, match=complaint):
+        shared_policy.rollout(shared_policy.encode(PROMPTS), shared_policy.draw_noise(3), **arguments)
+
+
+def test_steps_of_the_ode_are_kept_with_no_deviation(shared_policy: Policy):
+    samples = shared_policy.rollout(
+        shared_policy.encode(PROMPTS), shared_policy.draw_noise(3), keep_states=True, keep_steps=True
+    )
+    assert torch.equal(samples.mean, samples.states[:, 1:])
+    assert torch.equal(samples.std, torch.zeros(3, 4))
+
+
+def test_a_completion_from_any_state_of_an_ode_rollout_reaches_its_image(shared_policy: Policy):
+    cond = shared_policy.encode(PROMPTS)
+    samples = shared_policy.rollout(cond, shared_policy.draw_noise(3), keep_states=True)
+    step = torch.tensor([3, 0, 2])
+    before = shared_policy.function_evaluations
+    x0 = shared_policy.complete(samples.states[torch.arange(3), step], step, samples.sigmas, cond)
+    assert torch.allclose(x0, samples.x0, atol=1e-5)
+    assert not x0.requires_grad
+    assert shared_policy.function_evaluations - before == 1 + 4 + 2
+    together = shared_policy.complete(samples.states[:, 2], 2, samples.sigmas, cond, weights="reference")
+    assert torch.allclose(together, samples.x0, atol=1e-5)

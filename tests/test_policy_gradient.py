@@ -27,7 +27,7 @@ def test_clipping_stops_the_gradient_exactly_where_the_formula_says(advantage: f
 
 def rollout_of(log_prob: torch.Tensor, reward: torch.Tensor, group: torch.Tensor) -> Rollout:
     n, steps = log_prob.shape
-    cond = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(n, dtype=torch.int64))
+    cond = Conditioning({}, torch.zeros(n, dtype=torch.int64))
     states = torch.zeros(n, steps + 1, 1, 1, 1)
     x0, sigmas = states[:, -1], torch.linspace(1, 0, steps + 1)
     return Rollout(0, ("p",) * n, group, cond, sigmas, x0, x0, reward, states=states, log_prob=log_prob)

@@ -198,7 +198,7 @@ def test_a_run_that_was_interrupted_while_evaluating_only_evaluates_when_resumed
 
 
 def test_a_lora_run_leaves_weights_that_diffusers_loads(tmp_path: Path, tiny_config: MakeConfig, preset: Any):
-    from flowbench.models.policy import load_pipeline
+    from flowbench.models.families import load_pipeline
 
     overrides = {"training.tuning": "lora", "training.lora_rank": 4, "training.images": 16}
     config = tiny_config("orw-cfm-w2", overrides=overrides)
@@ -209,7 +209,7 @@ def test_a_lora_run_leaves_weights_that_diffusers_loads(tmp_path: Path, tiny_con
     plain.load_lora_weights(tmp_path / "checkpoints" / "tuned")
     x, sigma, cond = torch.randn(2, *policy.latent_shape), torch.tensor([0.3, 0.8]), policy.encode(["a", "b"])
     with torch.no_grad():
-        v = plain.transformer(x, cond.tokens, cond.pooled, timestep=sigma * 1000, return_dict=False)[0]
+        v = plain.transformer(x, *cond.rows().values(), timestep=sigma * 1000, return_dict=False)[0]
         assert torch.allclose(v, policy.velocity(x, sigma, cond), atol=1e-5)
         assert not torch.allclose(v, policy.velocity(x, sigma, cond, "reference"), atol=1e-5)
 

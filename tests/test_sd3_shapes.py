@@ -18,123 +18,21 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from tiny_pipelines import SIDE, sd3
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from flowbench.errors import RunError
+from flowbench.models.families import load_pipeline
 from flowbench.models.flow import velocity_error
-from flowbench.models.policy import Policy, Tuning, load_pipeline
+from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import load_preset
-from flowbench.prompts import load_split
 from flowbench.rewards.clip import Clip
 
 HUB_ID = "stabilityai/stable-diffusion-3-medium-diffusers"
 PROMPTS = ["a photo of a red bench", "a photo of two cats"]
-SIDE = 64  # pixels; 8 x 8 latents, 4 x 4 patches
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def words() -> list[str]:
-    texts = [p.text for split in ("train", "test", "compositional") for p in load_split("objects", split).prompts]
-    return sorted({word for text in texts for word in text.split()})
-
-
-def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """Single characters, whole words and CLIP's special tokens; merges spell each word out from left to right."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    letters = sorted({letter for word in words() for letter in word} | {"!"})
-    merges, pieces = [], [*letters, *(letter + "</w>" for letter in letters)]
-    for word in words():
-        *head, last = [*word[:-1], word[-1] + "</w>"]
-        joined = head[0] if head else last
-        for symbol in [*head[1:], last] if head else []:
-            merges.append((joined, symbol))
-            joined += symbol
-            pieces.append(joined)
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, start, end]))}
-    special = {"unk_token": end, "bos_token": start, "eos_token": end, "pad_token": pad_token}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(dict.fromkeys(merges)), model_max_length=77, **special)
-
-
-def t5_tokenizer() -> T5TokenizerFast:
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((f"▁{word}", -3.0) for word in words())]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def text_tower(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config)
-
-
-def random_pipeline() -> StableDiffusion3Pipeline:
-    """SD3-medium's model_index.json and configurations, with every width reduced; random weights."""
-    torch.manual_seed(0)
-    first, second, third = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!"), t5_tokenizer()
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=SIDE // 8,
-            patch_size=2,
-            in_channels=16,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=48,
-            caption_projection_dim=32,
-            pooled_projection_dim=16 + 24,
-            out_channels=16,
-            pos_embed_max_size=12,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=4,
-            sample_size=SIDE,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-        text_encoder=text_tower(first, 16, "quick_gelu"),
-        tokenizer=first,
-        text_encoder_2=text_tower(second, 24, "gelu"),
-        tokenizer_2=second,
-        text_encoder_3=T5EncoderModel(
-            T5Config(
-                vocab_size=len(third),
-                d_model=48,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-                is_encoder_decoder=False,
-            )
-        ),
-        tokenizer_3=third,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +40,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for FLOWBENCH_WEIGHTS: the hub's file layout below the hub's id."""
     root = tmp_path_factory.mktemp("weights")
     folder = root / HUB_ID
-    pipeline = random_pipeline()
+    pipeline = sd3()
     pipeline.save_pretrained(folder)
     # The hub's folder has T5 in two shards, the tokenizers in CLIP's own two files, and this name of T5's class.
     pipeline.text_encoder_3.save_pretrained(folder / "text_encoder_3", max_shard_size="20KB")
@@ -305,7 +203,7 @@ def test_the_saved_lora_weights_give_plain_diffusers_the_tuned_velocity(
     plain.load_lora_weights(tmp_path / "tuned")
     x, cond = policy.draw_noise(2), policy.encode(PROMPTS)
     with torch.no_grad():
-        theirs = plain.transformer(x, cond.tokens, cond.pooled, timestep=torch.full((2,), 500.0), return_dict=False)[0]
+        theirs = plain.transformer(x, *cond.rows().values(), timestep=torch.full((2,), 500.0), return_dict=False)[0]
         ours = policy.velocity(x, torch.full((2,), 0.5), cond)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

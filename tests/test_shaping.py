@@ -11,7 +11,7 @@ from flowbench.toolkit.shaping import Kind, RewardShaping
 
 def rollout(reward: torch.Tensor, group: torch.Tensor) -> Rollout:
     n, points = len(reward), torch.zeros(len(reward), 1, 1, 1)
-    cond = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(n, dtype=torch.long))
+    cond = Conditioning({}, torch.zeros(n, dtype=torch.long))
     return Rollout(0, ("a",) * n, group, cond, torch.tensor([1.0, 0.0]), points, points, reward)
 
 

@@ -357,7 +357,7 @@ def test_groups_are_the_images_of_one_prompt(tmp_path: Path, tiny_config: MakeCo
 
 def test_minibatches_keep_the_rows_of_a_group_together():
     group = torch.tensor([0, 1, 2, 3] * 3)
-    batch = Batch((("a",) * 12), Conditioning(*torch.zeros(3, 12)), torch.zeros(12, 1), torch.zeros(12), group=group)
+    batch = Batch((("a",) * 12), Conditioning({}, torch.zeros(12)), torch.zeros(12, 1), torch.zeros(12), group=group)
     for seed in range(5):
         rows = shuffled(batch, torch.Generator().manual_seed(seed))
         assert sorted(rows.tolist()) == list(range(12))

@@ -15,7 +15,8 @@ from flowbench.builders.fit import FitPlan
 from flowbench.builders.measure import mutation_accuracy, retrieval_top1, vae_round_trip
 from flowbench.config import EvaluationConfig
 from flowbench.evaluation.protocol import Judges, score_split
-from flowbench.models.policy import Policy, load_pipeline
+from flowbench.models.families import load_pipeline
+from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 

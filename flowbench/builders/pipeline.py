@@ -19,7 +19,8 @@ from flowbench.builders.reward_card import write_reward_cards
 from flowbench.builders.tokenizer import build_tokenizer
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.devices import pick_device
-from flowbench.models.policy import Policy, load_pipeline
+from flowbench.models.families import load_pipeline
+from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.testbeds.shapes.weights import MODELS, weights_folder

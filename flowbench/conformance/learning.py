@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from flowbench.evaluation.exact import exact_evaluation, quadratic_form
-from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.families.plane import exact_field
 from flowbench.models.policy import Policy
 from flowbench.reward import Reward
 from flowbench.seeding import generator_for
@@ -41,11 +41,9 @@ def measure(trainer: Trainer, untouched: Policy, reward: Reward) -> Learned:
     trainer.run()
     trainer.updater.use_average()
     tuned, seed = trainer.policy, trainer.config.seed
-    assert isinstance(tuned, AnalyticPolicy)
-    assert isinstance(untouched, AnalyticPolicy)
     exact = exact_evaluation(untouched, quadratic_form(reward))
     base = exact.frontier(0.0).base
-    point = exact.point(tuned.field("current"))
+    point = exact.point(exact_field(tuned))
     tuned.generator = generator_for("check", seed)
     prompts = ("",) * SAMPLES
     with torch.no_grad():

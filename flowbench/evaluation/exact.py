@@ -14,8 +14,9 @@ from itertools import pairwise
 import torch
 
 from flowbench.errors import RunError
+from flowbench.models.families.plane import exact_field
 from flowbench.models.families.plane_field import VelocityField
-from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.policy import Policy
 from flowbench.reward import Reward
 from flowbench.scoring.combination import WeightedSum
 from flowbench.testbeds.plane.density import Frontier, Gaussian, GaussianMixture, Point, QuadraticForm, frontier
@@ -69,14 +70,14 @@ class ExactEvaluation(ABC):
 
 
 def exact_evaluation(
-    policy: AnalyticPolicy, reward: QuadraticForm, num_steps: int | None = None, spacing: float = SPACING
+    policy: Policy, reward: QuadraticForm, num_steps: int | None = None, spacing: float = SPACING
 ) -> ExactEvaluation:
     """The evaluation that fits the policy's reference: closed form for a Gaussian, nodes of quadrature for a mixture.
 
     num_steps None is the model's own number of sampler steps.
     """
     sigmas = policy.sigmas(num_steps or policy.preset.num_steps).double().cpu()
-    reference = policy.field("reference")
+    reference = exact_field(policy, "reference")
     if isinstance(reference.density, Gaussian):
         return GaussianEvaluation(reference, sigmas, reward)
     return GridEvaluation(reference, sigmas, reward, spacing)

@@ -9,7 +9,7 @@ import torch
 
 from flowbench.config import RunConfig
 from flowbench.evaluation.exact import COARSE_SPACING, exact_evaluation, quadratic_form
-from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.families.plane import exact_field, on_plane
 from flowbench.models.policy import Policy
 from flowbench.record import Score
 from flowbench.reward import Reward
@@ -25,7 +25,7 @@ SHOWN = 600  # samples in the picture
 class ExactStudy:
     """Exact (E[r], KL) of a run's policy, along training and at its end, against the frontier."""
 
-    def __init__(self, policy: AnalyticPolicy, reward: Reward, config: RunConfig, iterations: int) -> None:
+    def __init__(self, policy: Policy, reward: Reward, config: RunConfig, iterations: int) -> None:
         self.policy, self.config = policy, config
         form, steps = quadratic_form(reward), config.evaluation.num_steps
         self.exact = exact_evaluation(policy, form, steps)
@@ -38,7 +38,7 @@ class ExactStudy:
         """The current weights' point, as metrics of this iteration (from 1), if it is one of those on the path."""
         if iteration % self.every:
             return {}
-        point = self.path.point(self.policy.field())
+        point = self.path.point(exact_field(self.policy))
         return {PATH_REWARD: point.reward, PATH_KL: point.kl} if point else {}
 
     def scores(self, splits: Sequence[str]) -> dict[str, Score]:
@@ -46,7 +46,7 @@ class ExactStudy:
 
         Empty when the tuned sampler's map folds, see exact.py.
         """
-        point = self.exact.point(self.policy.field())
+        point = self.exact.point(exact_field(self.policy))
         if point is None:
             return {}
         values = {
@@ -71,4 +71,4 @@ class ExactStudy:
 
 def exact_study(policy: Policy, reward: Reward, config: RunConfig, iterations: int = 1) -> ExactStudy | None:
     """The study of a run of so many iterations on an analytic model; None for every other model."""
-    return ExactStudy(policy, reward, config, iterations) if isinstance(policy, AnalyticPolicy) else None
+    return ExactStudy(policy, reward, config, iterations) if on_plane(policy) else None

@@ -21,7 +21,8 @@ from flowbench.evaluation.protocol import score_split
 from flowbench.experiments.inputs import kept_preset, kept_split
 from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
 from flowbench.models.devices import pick_device
-from flowbench.models.policy import Policy, load_pipeline
+from flowbench.models.families import load_pipeline
+from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
 from flowbench.prompts.needs import check_needs
@@ -241,12 +242,11 @@ def _load_lora(path: Path, preset: ModelPreset, device: torch.device) -> tuple[P
 
 def _load_transformer(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
     """A policy whose current weights are the folder's transformer, and whose reference is the base."""
-    from diffusers import SD3Transformer2DModel
-
     folder = path if (path / "config.json").is_file() else path / "transformer"
     policy = Policy(load_pipeline(preset, device), preset, device=device)
     try:
-        other = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=policy.model_dtype, use_safetensors=True)
+        kind = type(policy.transformer)
+        other = kind.from_pretrained(folder, torch_dtype=policy.model_dtype, use_safetensors=True)
         policy.transformer.load_state_dict(other.state_dict())
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise RunError(f"'{folder}' is no transformer of model '{preset.name}': {_brief(error)}") from error

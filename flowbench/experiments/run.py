@@ -25,10 +25,9 @@ from flowbench.evaluation.protocol import Judges, SplitScores, by_category, prot
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.experiments.inputs import keep_inputs, kept_preset
 from flowbench.models.devices import pick_device
-from flowbench.models.families.plane_field import load_analytic_pipeline
-from flowbench.models.families.plane_policy import AnalyticPolicy
-from flowbench.models.policy import Policy, Tuning, load_pipeline
-from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.models.families import load_pipeline
+from flowbench.models.policy import Policy, Tuning
+from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import PromptSplit, load_split, spread
 from flowbench.record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from flowbench.registry import algorithms
@@ -65,9 +64,8 @@ def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -
     training = config.training
     # LoRA's initial weights are random; they belong to the run's seed.
     torch.manual_seed(config.seed)
-    kind: type[Policy] = AnalyticPolicy if isinstance(preset, AnalyticPreset) else Policy
-    return kind(
-        load_analytic_pipeline(preset) if isinstance(preset, AnalyticPreset) else load_pipeline(preset, device),
+    return Policy(
+        load_pipeline(preset, device),
         preset,
         Tuning(training.tuning, training.lora_rank, training.lora_alpha),
         device,

@@ -10,8 +10,9 @@ import torch
 
 from flowbench.experiments.run import load_tuned
 from flowbench.models.devices import pick_device
-from flowbench.models.families.plane_policy import AnalyticPolicy
-from flowbench.models.policy import Policy, load_pipeline
+from flowbench.models.families import load_pipeline
+from flowbench.models.families.plane import on_plane
+from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split, spread
 from flowbench.reporting.frontier import sample_picture
@@ -37,7 +38,7 @@ def sample_side_by_side(folder: Path, prompt: str, n: int, seed: int, device: st
     }
     name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "prompt"
     path = output or folder / "samples" / f"{name}-{seed}.png"
-    if isinstance(policy, AnalyticPolicy):
+    if on_plane(policy):
         sample_picture(path, {model: points.reshape(n, -1) for model, points in columns.items()}, prompt)
     else:
         sample_grid(path, columns, [prompt])

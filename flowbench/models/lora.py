@@ -1,28 +1,25 @@
-"""LoRA adapters as weight views of one module: "default" is trained, others are copies of it, none is the reference."""
+"""LoRA adapters of a diffusers module: adding, finding, switching and saving them."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
-
-TARGETS = [
-    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-]
 TRAINED = "default"
 
 
-def add_adapter(module: Any, name: str, rank: int, alpha: float) -> None:
-    """Add an adapter on the attention projections, in float32, and make it active; only TRAINED is trainable."""
+def add_adapter(module: Any, name: str, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Add an adapter on the layers whose names end as `targets`, in float32; only TRAINED is trainable.
+
+    The module then computes with the new adapter.
+    """
     from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights="gaussian")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     with warnings.catch_warnings():
         # peft warns of any second adapter on a module, which is what a view is.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute", category=UserWarning)
@@ -37,7 +34,25 @@ def adapter_parameters(module: torch.nn.Module, name: str) -> list[torch.nn.Para
     return [p for n, p in module.named_parameters() if "lora_" in n and f".{name}." in n]
 
 
-def save_adapter(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+def adapted_layers(module: torch.nn.Module) -> list[Any]:
+    """The layers that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def switch_adapter(layers: Sequence[Any], name: str | None) -> None:
+    """Let these layers compute with this adapter, or with none."""
+    for layer in layers:
+        if name is None:
+            layer.enable_adapters(False)
+        else:
+            layer.set_adapter(name, inference_mode=True)
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+
+
+def save_adapter(pipeline: Any, folder: Path) -> None:
     """Write the trained adapter in diffusers' own format."""
     from diffusers.training_utils import _collate_lora_metadata
     from peft.utils import get_peft_model_state_dict
@@ -45,25 +60,3 @@ def save_adapter(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     layers = get_peft_model_state_dict(pipeline.transformer, adapter_name=TRAINED)
     metadata = _collate_lora_metadata({"transformer": pipeline.transformer})
     pipeline.save_lora_weights(folder, transformer_lora_layers=layers, **metadata)
-
-
-class AdapterState:
-    """Within it, the module computes with another adapter, or with none for "reference"."""
-
-    def __init__(self, module: Any, name: str) -> None:
-        self.module, self.name = module, name
-
-    def __enter__(self) -> torch.nn.Module:
-        if self.name == "reference":
-            self.module.disable_adapters()
-        else:
-            self.module.set_adapter(self.name)
-        module: torch.nn.Module = self.module
-        return module
-
-    def __exit__(self, *_: object) -> None:
-        if self.name == "reference":
-            self.module.enable_adapters()
-        self.module.set_adapter(TRAINED)
-        for p in adapter_parameters(self.module, TRAINED):
-            p.requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import nn
 class StateCritic(nn.Module):
     """Predicts the terminal reward from a noisy latent: two convolutions, the text as a gain on their channels, an MLP.
 
-    Inputs x (R, C, h, w) with h and w at least `side`, sigma (R,) in [0, 1], pooled text embedding (R, D); output (R,).
+    Inputs x (R, C, h, w) with h and w at least `side`, sigma (R,) in [0, 1], text summary (R, D); output (R,).
     """
 
     frequency: torch.Tensor
@@ -45,11 +45,11 @@ class StateCritic(nn.Module):
         nn.init.zeros_(last.bias)
         self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(8), persistent=False)
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
         """V(x_sigma, sigma, c), (R,)."""
         dtype = self.frequency.dtype
         phase = sigma.to(dtype)[:, None] * self.frequency
-        condition = torch.cat([self.text(pooled.to(dtype)), self.noise(torch.cat([phase.sin(), phase.cos()], 1))], 1)
+        condition = torch.cat([self.text(summary.to(dtype)), self.noise(torch.cat([phase.sin(), phase.cos()], 1))], 1)
         scale, shift = self.gain(condition)[:, :, None, None].chunk(2, dim=1)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
         features = torch.nn.functional.silu(self.conv(x) * (1 + scale) + shift).flatten(1)

@@ -13,7 +13,7 @@ from flowbench.rollout import Batch, Conditioning, Rollout
 
 
 def conditioning(n: int) -> Conditioning:
-    return Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(n, dtype=torch.int64))
+    return Conditioning({}, torch.zeros(n, dtype=torch.int64))
 
 
 def make_rollout(x0: torch.Tensor, reward: torch.Tensor, group: torch.Tensor | None = None, **parts: Any) -> Rollout:

@@ -130,8 +130,8 @@ def test_warm_up_trains_the_critic_and_leaves_the_policy_alone(
 
 def test_an_untrained_critic_predicts_zero(shared_policy: Policy, rollout: Rollout):
     critic = build(shared_policy, critic="shaped").critic
-    pooled = rollout.cond.pooled[rollout.cond.index]
-    assert torch.equal(critic(rollout.x0, torch.rand(12), pooled), torch.zeros(12))
+    summary = shared_policy.text_summary(rollout.cond)
+    assert torch.equal(critic(rollout.x0, torch.rand(12), summary), torch.zeros(12))
 
 
 def test_the_critics_gradient_stays_out_of_the_policy_and_the_other_way_round(make_policy: Callable, rollout: Rollout):
@@ -199,11 +199,14 @@ def test_weights_have_their_closed_forms():
 class ConstantVelocity:
     """A policy whose velocity is one parameter for every state, beside a reference of zero."""
 
-    latent_shape, pooled_width = (1, 1, 1), 4
+    latent_shape, text_width = (1, 1, 1), 4
 
     def __init__(self) -> None:
         self.v = torch.zeros(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
         self.u = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64).view(4, 1, 1, 1)
+
+    def text_summary(self, cond: Conditioning) -> torch.Tensor:
+        return torch.zeros(len(cond), 4)
 
     def draw_noise(self, n: int) -> torch.Tensor:
         return self.u  # of images that are 0
@@ -221,7 +224,7 @@ def constant_rollout(reward: torch.Tensor) -> Rollout:
         iteration=0,
         prompts=("p",) * n,
         group=torch.zeros(n, dtype=torch.int64),
-        cond=Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 4), torch.zeros(n, dtype=torch.int64)),
+        cond=Conditioning({}, torch.zeros(n, dtype=torch.int64)),
         sigmas=torch.linspace(1, 0, 3),
         x0=torch.zeros(n, 1, 1, 1, dtype=torch.float64),
         images=torch.zeros(n, 3, 1, 1),

@@ -16,7 +16,7 @@ WIDE = {"clip_range": 0.5}
 
 
 def conditioning(n: int) -> Conditioning:
-    return Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(n, dtype=torch.int64))
+    return Conditioning({}, torch.zeros(n, dtype=torch.int64))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from flowbench.rollout import Batch, Conditioning
 
 
 def batch_of(x0: torch.Tensor, reward: torch.Tensor) -> Batch:
-    cond = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(len(x0), dtype=torch.int64))
+    cond = Conditioning({}, torch.zeros(len(x0), dtype=torch.int64))
     return Batch(("p",) * len(x0), cond, x0, reward)
 
 

@@ -29,7 +29,7 @@ def test_its_gradient_equals_finite_differences_in_a_scalar_parameter():
         guided_velocity=lambda x, sigma, cond, weights="current": torch.tanh(gain[weights] * x),
         decode=lambda latents: latents.square(),
     )
-    cond = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(3, dtype=torch.int64))
+    cond = Conditioning({}, torch.zeros(3, dtype=torch.int64))
     batch = batch_of(x, sigma, ("p",) * 3, cond)
     algorithm = Refl(Refl.Config(scale=0.5, margin=2.0, alpha=0.3), lambda images, prompts: images.mean((1, 2, 3)))
 
@@ -77,7 +77,7 @@ def test_rewards_above_the_margin_have_no_gradient():
     theta = torch.tensor(1.0, requires_grad=True)
     policy: Any = SimpleNamespace(guided_velocity=lambda x, sigma, cond: theta * x, decode=lambda latents: latents)
     x = torch.tensor([1.0, 9.0]).view(2, 1, 1, 1)
-    cond = Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(2, dtype=torch.int64))
+    cond = Conditioning({}, torch.zeros(2, dtype=torch.int64))
     algorithm = Refl(Refl.Config(scale=1.0, margin=2.0, alpha=0.0), lambda images, prompts: images.mean((1, 2, 3)))
     loss = algorithm.loss(policy, batch_of(x, torch.tensor([0.5, 0.5]), ("p", "p"), cond)).policy
     gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0].item() for value in loss]

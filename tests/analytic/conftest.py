@@ -13,8 +13,8 @@ from flowbench.config import resolve_config
 from flowbench.evaluation.exact import quadratic_form
 from flowbench.evaluation.judges import build_reward
 from flowbench.experiments.run import build_algorithm, build_policy
-from flowbench.models.families.plane_field import load_analytic_pipeline
-from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.families import load_pipeline
+from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, load_preset
 from flowbench.prompts import load_split
 from flowbench.reward import Reward
@@ -31,15 +31,15 @@ def analytic_preset(model: str) -> AnalyticPreset:
 
 
 @pytest.fixture
-def make_analytic_policy() -> Callable[..., AnalyticPolicy]:
+def make_analytic_policy() -> Callable[..., Policy]:
     """A policy of its own for each call, in this precision; further arguments as in `Policy`."""
 
-    def make(model: str = "gaussian", dtype: torch.dtype = torch.float32, **arguments: Any) -> AnalyticPolicy:
+    def make(model: str = "gaussian", dtype: torch.dtype = torch.float32, **arguments: Any) -> Policy:
         preset = analytic_preset(model)
         torch.manual_seed(0)
-        pipeline = load_analytic_pipeline(preset)
+        pipeline = load_pipeline(preset, CPU)
         pipeline.transformer.to(dtype)
-        return AnalyticPolicy(pipeline, preset, **arguments)
+        return Policy(pipeline, preset, **arguments)
 
     return make
 

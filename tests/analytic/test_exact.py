@@ -22,15 +22,16 @@ from flowbench.evaluation.exact import (
     quadratic_form,
     sampled_gaussian,
 )
+from flowbench.models.families.plane import exact_field
 from flowbench.models.families.plane_field import VelocityField
-from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.policy import Policy
 from flowbench.reward import Reward
 from flowbench.rewards.jpeg import Jpeg
 from flowbench.scoring.combination import WeightedSum
 from flowbench.terms import parse_reward
 from flowbench.testbeds.plane.density import Gaussian, GaussianMixture, Point, QuadraticForm, frontier
 
-MakePolicy = Callable[..., AnalyticPolicy]
+MakePolicy = Callable[..., Policy]
 Form = Callable[..., QuadraticForm]
 GAUSSIAN = Gaussian(torch.tensor([0.3, -0.2]).double(), torch.tensor([[0.6, 0.2], [0.2, 0.4]]).double())
 OTHER = Gaussian(torch.tensor([0.7, 0.1]).double(), torch.tensor([[0.4, -0.1], [-0.1, 0.5]]).double())
@@ -45,7 +46,7 @@ def one_component(gaussian: Gaussian) -> GaussianMixture:
     return GaussianMixture(torch.ones(1).double(), (gaussian,))
 
 
-def disturb(policy: AnalyticPolicy, size: float) -> None:
+def disturb(policy: Policy, size: float) -> None:
     generator = torch.Generator().manual_seed(1)
     for p in policy.trainable_parameters():
         p.data += size * torch.randn(p.shape, generator=generator)
@@ -59,7 +60,7 @@ def test_the_exact_reward_is_that_of_the_policys_samples(make_analytic_policy: M
     x0 = policy.rollout(policy.encode(["p"] * n), policy.draw_noise(n)).x0.flatten(1)
     for name in ("linear", "quadratic"):
         reward = form(name, model)
-        point = exact_evaluation(policy, reward, spacing=0.4).point(policy.field())
+        point = exact_evaluation(policy, reward, spacing=0.4).point(exact_field(policy))
         assert point is not None
         sampled = reward(x0)
         assert abs(sampled.mean().item() - point.reward) < 5 * sampled.std().item() / math.sqrt(n)
@@ -69,7 +70,7 @@ def test_the_samplers_gaussian_is_that_of_the_policys_samples(make_analytic_poli
     policy, n = make_analytic_policy(), 50_000
     disturb(policy, 0.1)
     x = policy.rollout(policy.encode(["p"] * n), policy.draw_noise(n)).x0.flatten(1).double()
-    exact = sampled_gaussian(policy.field(), policy.sigmas(policy.preset.num_steps).double())
+    exact = sampled_gaussian(exact_field(policy), policy.sigmas(policy.preset.num_steps).double())
     variance = exact.covariance.diagonal()
     assert ((x.mean(0) - exact.mean).abs() < 5 * (variance / n).sqrt()).all()
     error = (torch.outer(variance, variance) + exact.covariance**2).div(n).sqrt()  # of a Gaussian's covariance
@@ -91,11 +92,11 @@ def test_the_reference_sampler_is_as_near_to_its_density_as_stated(make_analytic
     policy = make_analytic_policy(model)
     grid, density = policy.sigmas(policy.preset.num_steps).double(), policy.transformer.density
     if isinstance(density, Gaussian):
-        kl = sampled_gaussian(policy.field(), grid).kl(density)
+        kl = sampled_gaussian(exact_field(policy), grid).kl(density)
     else:
         z = disc(6.0, SPACING)
         weight = (-0.5 * z.square().sum(1)).softmax(0)
-        x, log_det, _ = push(policy.field(), grid, z)
+        x, log_det, _ = push(exact_field(policy), grid, z)
         log_normal = -0.5 * z.square().sum(1) - math.log(2 * math.pi)
         kl = (weight * (log_normal - log_det - density.log_prob(x))).sum().item()
     assert kl == pytest.approx({"gaussian": 0.0023, "mixture": 0.0033}[model], abs=1e-4)
@@ -141,7 +142,7 @@ def test_the_tilted_mixtures_field_reaches_the_optimum_as_steps_grow(
 def test_the_maps_determinant_is_that_of_finite_differences(make_analytic_policy: MakePolicy):
     policy = make_analytic_policy("mixture")
     disturb(policy, 0.1)
-    field, grid, z, h = policy.field(), sigmas(10), disc(2.0, 0.7), 1e-5
+    field, grid, z, h = exact_field(policy), sigmas(10), disc(2.0, 0.7), 1e-5
     columns = [(push(field, grid, z + e)[0] - push(field, grid, z - e)[0]) / (2 * h) for e in h * torch.eye(2).double()]
     expected = torch.stack(columns, 2).det().abs().log()
     assert torch.allclose(push(field, grid, z)[1], expected, atol=1e-6)
@@ -151,7 +152,7 @@ def test_pulling_back_undoes_the_reference_sampler(make_analytic_policy: MakePol
     policy = make_analytic_policy("mixture")
     density, grid, z = policy.transformer.density, policy.sigmas(10).double(), disc(6.0, 0.5)
     assert isinstance(density, GaussianMixture)
-    x, log_det, folded = push(policy.field(), grid, z)
+    x, log_det, folded = push(exact_field(policy), grid, z)
     assert not folded.any()  # each step is the gradient of a convex function
     back, log_det_back = pull(density, grid, x)
     assert torch.allclose(back, z, atol=1e-7)
@@ -162,7 +163,7 @@ def test_halving_the_spacing_of_the_nodes_changes_little(make_analytic_policy: M
     """docs/analytic.md states this tolerance."""
     policy = make_analytic_policy("mixture")
     disturb(policy, 0.15)
-    points = [exact_evaluation(policy, form("linear", "mixture"), 20, s).point(policy.field()) for s in (0.2, 0.1)]
+    points = [exact_evaluation(policy, form("linear", "mixture"), 20, s).point(exact_field(policy)) for s in (0.2, 0.1)]
     coarse, fine = (p for p in points if p is not None)
     assert fine.kl > 0.05
     assert abs(coarse.reward - fine.reward) < 1e-3
@@ -230,7 +231,7 @@ def test_points_far_from_the_reference_are_judged_too(form: Form):
 def test_the_reference_stands_at_the_frontiers_foot(make_analytic_policy: MakePolicy, form: Form, model: str):
     policy = make_analytic_policy(model)
     evaluation = exact_evaluation(policy, form("linear", model), 20)
-    point = evaluation.point(policy.field("reference"))
+    point = evaluation.point(exact_field(policy, "reference"))
     assert point is not None
     assert point.kl == pytest.approx(0.0, abs=1e-9)
     assert point.reward == pytest.approx(evaluation.frontier(0.0).base, abs=1e-4)

@@ -18,19 +18,20 @@ from flowbench.algorithms.ddpo import Ddpo
 from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 from flowbench.algorithms.refl import Refl
 from flowbench.evaluation.exact import sampled_gaussian
-from flowbench.models.families.plane_policy import AnalyticPolicy
+from flowbench.models.families.plane import exact_field
 from flowbench.models.flow import SAMPLERS, interpolate, predict_x0
+from flowbench.models.policy import Policy
 from flowbench.reward import Reward
 from flowbench.rollout import Batch, Rollout
 from flowbench.testbeds.plane.density import Gaussian, QuadraticForm
 from flowbench.toolkit.critic import explained_variance
 from flowbench.training.trainer import Trainer
 
-MakePolicy = Callable[..., AnalyticPolicy]
+MakePolicy = Callable[..., Policy]
 Form = Callable[..., QuadraticForm]
 
 
-def rows(policy: AnalyticPolicy, x0: torch.Tensor, reward: torch.Tensor) -> Batch:
+def rows(policy: Policy, x0: torch.Tensor, reward: torch.Tensor) -> Batch:
     n = len(x0)
     return Batch(("p",) * n, policy.encode(["p"] * n), x0.reshape(n, 2, 1, 1), reward)
 
@@ -53,17 +54,17 @@ def minimize_quadratic(loss: torch.Tensor, parameters: list[torch.nn.Parameter])
 CHAINS, IMAGES, STEPS = 4, 10_000, 500
 
 
-def outer_iterations(policy: AnalyticPolicy, reward: QuadraticForm, tau: float, count: int, seed: int) -> Gaussian:
+def outer_iterations(policy: Policy, reward: QuadraticForm, tau: float, count: int, seed: int) -> Gaussian:
     """The distribution after `count` rounds, each of which samples from the flow and solves ORW's regression."""
     policy.generator = torch.Generator().manual_seed(seed)
     algorithm = OrwCfmW2(OrwCfmW2.Config(tau=tau, alpha=0.0))
     algorithm.setup(policy)
     sigmas = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
     for _ in range(count):
-        x0 = sampled_gaussian(policy.field(), sigmas).sample(IMAGES, policy.generator)
+        x0 = sampled_gaussian(exact_field(policy), sigmas).sample(IMAGES, policy.generator)
         loss = minibatch_loss(algorithm, policy, rows(policy, x0, reward(x0))).policy
         minimize_quadratic(loss.mean(), policy.trainable_parameters())
-    return sampled_gaussian(policy.field(), sigmas)
+    return sampled_gaussian(exact_field(policy), sigmas)
 
 
 @pytest.mark.parametrize(("name", "tau"), [("linear", 0.5), ("quadratic", 1.0)])
@@ -156,7 +157,6 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
     )
     trainer.run()
     policy, reward, n = trainer.policy, form("linear"), 8000
-    assert isinstance(policy, AnalyticPolicy)
     policy.generator = torch.Generator().manual_seed(1)
     cond = policy.encode(["p"] * n)
     samples = policy.rollout(cond, policy.draw_noise(n), num_steps=10, keep_states=True)
@@ -164,13 +164,13 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
     if states == "renoised":
         sigma = policy.draw_sigmas(n)
         x = interpolate(samples.x0, policy.draw_noise(n), sigma)
-        sampled = sampled_gaussian(policy.field(), samples.sigmas.double())
+        sampled = sampled_gaussian(exact_field(policy), samples.sigmas.double())
         best = reward(predict_x0(x.flatten(1), sampled.velocity(x.flatten(1), sigma), sigma))
     else:
         step = policy.draw_integers(10, n)
         x, sigma, best = samples.states[torch.arange(n), step], samples.sigmas[step], r
     with torch.no_grad():
-        value = trainer.algorithm.networks()["critic"](x, sigma, cond.pooled[cond.index])
+        value = trainer.algorithm.networks()["critic"](x, sigma, policy.text_summary(cond))
     possible = explained_variance(best, r).item()
     assert possible == pytest.approx(1.0) if states == "trajectory" else 0.3 < possible < 0.6
     assert explained_variance(value, r).item() > 0.98 * possible
@@ -179,7 +179,7 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
-def disturbed(policy: AnalyticPolicy) -> AnalyticPolicy:
+def disturbed(policy: Policy) -> Policy:
     """With small random weights, so that no gradient is 0 by symmetry."""
     generator = torch.Generator().manual_seed(3)
     for p in policy.trainable_parameters():

@@ -12,14 +12,13 @@ from scipy.special import eval_legendre
 
 from flowbench.errors import UsageError
 from flowbench.models.families.plane_field import DEGREE, AffineCorrection, NetworkCorrection
-from flowbench.models.families.plane_policy import AnalyticPolicy
-from flowbench.models.policy import Tuning
+from flowbench.models.policy import Policy, Tuning
 
-MakePolicy = Callable[..., AnalyticPolicy]
+MakePolicy = Callable[..., Policy]
 models = pytest.mark.parametrize("model", ["gaussian", "mixture"])
 
 
-def disturb(policy: AnalyticPolicy, size: float = 0.1) -> None:
+def disturb(policy: Policy, size: float = 0.1) -> None:
     """Random weights of the correction."""
     generator = torch.Generator().manual_seed(1)
     for p in policy.trainable_parameters():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,10 +10,9 @@ from numpy.polynomial.legendre import leg2poly
 from safetensors.torch import save_file
 from torch import nn
 
-from flowbench.models.presets import AnalyticPreset
-from flowbench.testbeds.plane.density import Density, Gaussian, GaussianMixture, make_density
+from flowbench.testbeds.plane.density import Density, Gaussian, GaussianMixture
 
-POOLED_WIDTH = 4  # of the text embedding, which is zero: prompts say nothing about points
+TEXT_WIDTH = 4  # of the text embedding, which is zero: prompts say nothing about points
 DEGREE = 5
 
 
@@ -91,7 +88,6 @@ class VelocityField(nn.Module):
         self.density = density
         width = density.width
         self.correction = AffineCorrection(width) if isinstance(density, Gaussian) else NetworkCorrection(width)
-        self.config = SimpleNamespace(in_channels=width, pooled_projection_dim=POOLED_WIDTH)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """x (N, D), sigma (N,); (N, D)."""
@@ -106,50 +102,10 @@ class VelocityField(nn.Module):
         v, slope = (a + b for a, b in zip(*parts, strict=True))
         return v, slope
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, _: Any = None) -> None:
         """There is no memory to save."""
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the correction's weights."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.correction.state_dict(), folder / "correction.safetensors")
-
-
-class UniformSigmas:
-    """A scheduler whose sigmas are evenly spaced from 1 to 0."""
-
-    sigmas: torch.Tensor
-
-    def set_timesteps(self, num_steps: int) -> None:
-        """Choose the number of steps."""
-        self.sigmas = torch.linspace(1, 0, num_steps + 1)
-
-
-@dataclass
-class AnalyticPipeline:
-    """What Policy asks of a diffusers pipeline; there are no text encoders and no VAE."""
-
-    transformer: VelocityField
-    scheduler: UniformSigmas = field(default_factory=UniformSigmas)
-    vae: None = None
-    text_encoder: None = None
-    text_encoder_2: None = None
-    text_encoder_3: None = None
-    vae_scale_factor: int = 1
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        """The parts with weights."""
-        return {"transformer": self.transformer}
-
-    def encode_prompt(self, prompts: list[str], *_: Any, **__: Any) -> tuple[torch.Tensor, None, torch.Tensor, None]:
-        """The same empty embedding for every prompt."""
-        return torch.zeros(len(prompts), 1, 1), None, torch.zeros(len(prompts), POOLED_WIDTH), None
-
-
-def load_analytic_pipeline(preset: AnalyticPreset) -> AnalyticPipeline:
-    """The reference model that the preset describes.
-
-    Raises UsageError for a density that is unknown or ill described.
-    """
-    return AnalyticPipeline(VelocityField(make_density(preset.density_kind, preset.density)))

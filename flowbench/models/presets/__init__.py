@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
+from flowbench.models.families import family_entry
+from flowbench.models.presets.undescribed import described, find_pipeline, is_hub_id
 from flowbench.prompts import prompt_sets
 
 FOLDER = Path(__file__).parent
@@ -20,17 +22,20 @@ ANALYTIC = "analytic:"  # a source that is a formula
 class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
-    source: hub id, or "embedded:NAME"; resolution in pixels; num_steps and guidance_scale of sampling (1 is none);
-    rewards: constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring
-    their own defaults for the models that they know by name; like: the built-in model whose defaults they use if they
-    do not know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on
-    this model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
+    source: hub id, folder, or "embedded:NAME"; family: of its pipeline, see models/families; resolution in pixels;
+    num_steps and guidance_scale of sampling (1 is none); rewards: constructor arguments per reward; training,
+    evaluation: overrides of the general defaults. Algorithms bring their own defaults for the models that they know by
+    name; like: the built-in model whose defaults they use if they do not know this one. algorithms: settings laid over
+    those, for an algorithm of another package or to change one on this model, in the sections training and algorithm,
+    and under rewards.NAME in such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    added_later: ClassVar = frozenset({"family"})
 
     name: str
     source: str
+    family: str = "sd3"
     revision: str | None = None
     licence: str
     resolution: int
@@ -73,6 +78,7 @@ class AnalyticPreset(ModelPreset):
     density: the arguments of that distribution, see analytic/density.py.
     """
 
+    family: str = "plane"
     resolution: int = 1
     guidance_scale: float = 1.0
     max_sequence_length: int = 1
@@ -103,25 +109,36 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str, resolve: bool = True) -> ModelPreset:
-    """The preset of that name, or of that YAML file.
+    """The preset of that name, of that YAML file, or of a pipeline's folder or hub id that no preset describes.
 
     Paths in a file are relative to it: source, prompts, and arguments of rewards that name something beside the file
     become absolute, unless `resolve` is False (for a hash, which must not say where a file lies).
-    Raises UsageError for an unknown name or a file that is no preset.
+    Raises UsageError for an unknown name, a file that is no preset, or a pipeline that no family serves.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise UsageError(f"unknown model '{name}'{did_you_mean(name, preset_names())}")
+        folder = find_pipeline(name, resolve_weights(name))
+        if folder is not None:
+            return ModelPreset.model_validate(described(name, folder))
+        raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
+    _check_names(preset, path)
+    return _beside(preset, path.parent) if resolve and path.parent != FOLDER else preset
+
+
+def _check_names(preset: ModelPreset, path: Path) -> None:
+    try:
+        family_entry(preset.family)
+    except UsageError as error:
+        raise UsageError(f"model file '{path}': {error}") from error
     if preset.like is not None and preset.like not in preset_names():
         known = did_you_mean(preset.like, preset_names())
         raise UsageError(f"model file '{path}' is like '{preset.like}', which is no built-in model{known}")
-    return _beside(preset, path.parent) if resolve and path.parent != FOLDER else preset
 
 
 def _beside(preset: ModelPreset, folder: Path) -> ModelPreset:
@@ -135,3 +152,11 @@ def _beside(preset: ModelPreset, folder: Path) -> ModelPreset:
     prompts = preset.prompts if preset.prompts in prompt_sets() else located(preset.prompts)
     rewards = {name: {k: located(v) for k, v in arguments.items()} for name, arguments in preset.rewards.items()}
     return preset.model_copy(update={"source": located(preset.source), "prompts": prompts, "rewards": rewards})
+
+
+def _remedy(name: str) -> str:
+    if is_hub_id(name):
+        return f"; it is neither below FLOWBENCH_WEIGHTS nor in the hub's cache, fetch it with 'hf download {name}'"
+    if Path(name).is_dir():
+        return "; that folder has no model_index.json"
+    return did_you_mean(name, preset_names())
