@@ -18,6 +18,7 @@ from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
 from flowbench.evaluation.judges import build_judges, build_reward
 from flowbench.evaluation.protocol import score_split
+from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
 from flowbench.models.devices import pick_device
 from flowbench.models.policy import Policy, load_pipeline
@@ -26,7 +27,6 @@ from flowbench.prompts import load_split
 from flowbench.record import Score, load_record, write_atomically
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
-DEFAULT_MODEL = "mini-sd3"
 
 Progress = Callable[[int, int], None]  # images done, of all images
 
@@ -66,7 +66,7 @@ def evaluate(path: Path, overrides: dict[str, Any], model: str | None, device: s
         if model is not None:
             raise UsageError(f"'{path}' is a run of its own model; leave out --model")
         return _evaluate_run(path, overrides, where, progress)
-    preset = load_preset(model or DEFAULT_MODEL)
+    preset = load_preset(model or MODEL)
     if isinstance(preset, AnalyticPreset):
         raise UsageError(f"model '{preset.name}' is a formula without weights or images; of it only runs are evaluated")
     protocol = evaluation_config(preset, overrides)
