@@ -81,7 +81,6 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         if self.anchor == "average":
             policy.add_view("average")
         if self.cfg.critic != "none":
-            # Imported here because it needs torch's classes; see flowbench.lazy.
             from flowbench.toolkit.critic import StateCritic
 
             torch.manual_seed(0)
