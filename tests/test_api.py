@@ -46,7 +46,7 @@ def test_every_public_name_is_there_and_listed():
 def test_a_function_has_the_options_and_the_defaults_of_its_command(name: str):
     command, function = defaults(getattr(cli, name)), defaults(getattr(flowbench, name))
     assert function == command
-    assert list(function)[0] == list(command)[0]
+    assert next(iter(function)) == next(iter(command))
 
 
 def test_the_readmes_example_runs_and_gives_typed_results(

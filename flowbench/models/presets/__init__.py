@@ -66,7 +66,7 @@ class ModelPreset(BaseModel):
 class AnalyticPreset(ModelPreset):
     """A model of points in the plane with a known distribution, source "analytic:gaussian" or "analytic:mixture".
 
-    density: the arguments of that distribution, see testbeds/plane/density.py.
+    density: the arguments of that distribution, see flowbench/testbeds/plane/density.py.
     """
 
     resolution: int = 1
