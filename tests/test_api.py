@@ -99,7 +99,7 @@ def test_a_configuration_file_comes_before_defaults_and_arguments_before_it(tmp_
         (lambda: flowbench.run("acflow", images=0), "training.images"),
         (lambda: flowbench.run("acflow", seed=-1), "seed"),
         (lambda: flowbench.run("acflow", plugins=["absent.py"]), "does not exist"),
-        (lambda: flowbench.evaluate("absent"), "'absent' is no run folder"),
+        (lambda: flowbench.evaluate("absent"), "'absent' does not exist"),
         (lambda: flowbench.load_records("absent"), "'absent' does not exist"),
     ],
 )

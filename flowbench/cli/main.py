@@ -22,6 +22,8 @@ from flowbench.errors import RunError, UsageError
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -91,7 +93,7 @@ def evaluate(
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", exists=True, help="Run folder.")],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     images: Annotated[int, typer.Option(min=1, help="Images per model.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
@@ -127,20 +129,23 @@ def leaderboard(
     output: Annotated[Path | None, typer.Option(help="Write there instead of to the terminal.")] = None,
 ) -> None:
     """Compare runs: means over seeds with intervals, generated from their records."""
+    if format_ not in ("terminal", "markdown", "csv"):
+        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
+    records = api.load_records(*places)
+
     from flowbench.cli.display.leaderboard import leaderboard as show
     from flowbench.record import write_atomically
     from flowbench.reporting.leaderboard import rows, to_csv, to_markdown
 
-    writers = {"markdown": to_markdown, "csv": to_csv}
-    if format_ not in (*writers, "terminal"):
-        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
-    table = rows(api.load_records(*places), split)
+    table = rows(records, split)
     if format_ == "terminal":
         show(table)
-    elif output:
-        write_atomically(output, writers[format_](table))
+        return
+    text = to_markdown(table) if format_ == "markdown" else to_csv(table)
+    if output:
+        write_atomically(output, text)
     else:
-        typer.echo(writers[format_](table), nl=False)
+        typer.echo(text, nl=False)
 
 
 app.command()(cli_studies.ablate)
@@ -189,6 +194,8 @@ def main() -> None:
     atexit.register(gc.freeze)
     try:
         code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's way to pass on a Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except Exception as error:
         if debug:
@@ -198,7 +205,7 @@ def main() -> None:
         sys.exit(status)
     except KeyboardInterrupt:
         print("flowbench: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -29,6 +29,9 @@ def build(
     mini-sd3 and mini-clip take about two hours on two slow cores, and the preference models come on top; a GPU takes
     minutes.
     """
+    from flowbench.builders.stages import chosen_stages
+
+    chosen_stages(only)  # a misspelling is answered before torch is imported
     from flowbench.builders.pipeline import build as build_
     from flowbench.cli.display.progress import BuildProgress
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowbench.errors import UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
 if TYPE_CHECKING:
@@ -145,10 +146,13 @@ def evaluate(
         UsageError: the path holds nothing to score, or a setting is wrong.
         RunError: weights cannot be loaded.
     """
+    place = Path(path)
+    if not place.exists():
+        raise UsageError(f"'{place}' does not exist")
     from flowbench.experiments.reevaluate import evaluate as evaluate_path
 
     _load(plugins)
-    result = evaluate_path(Path(path), dict(settings or {}), model, device, progress or (lambda done, total: None))
+    result = evaluate_path(place, dict(settings or {}), model, device, progress or (lambda done, total: None))
     if output is not None:
         result.save(Path(output))
     return result
