@@ -79,7 +79,7 @@ CASES = {
     "rewards list": Case([], "imagereward-package", ["--plugin", "absent.py"], 2, "does not exist"),
     "rewards install": Case(["boxed", "--plugin", "{place}/boxed.py"], "boxed", ["jpeg"], 2, "needs no environment"),
     "rewards remove": Case(["--all"], "", [], 2, "name the rewards"),
-    "rewards convert": Case(["{place}/w.pt", "w.safetensors"], "1 tensors", ["absent.pt"], 1, "does not exist"),
+    "rewards convert": Case(["{place}/w.pt", "w.safetensors"], "1 tensors", [], 2, "Missing argument"),
     # It needs the packages of image-reward or hpsv2, which come over a network.
     "rewards parity": Case(
         None, "", ["hpsv2", "--reduced"], 1, "the environment of reward 'hpsv2-package' is not inst"

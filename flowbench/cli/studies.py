@@ -43,14 +43,15 @@ def ablate(
 
     from flowbench.experiments.ablation import all_jobs, plan, rows, to_csv, to_markdown
     from flowbench.experiments.study import run_jobs
-    from flowbench.record import write_atomically
-    from flowbench.reporting.plots import ablation_curves
 
     where = {"reward": reward, "model": model, "device": device, "output": output, "plugins": plugin}
     variants = plan(algorithm, overrides, seeds, split, **where)
     if dry_run:
         display.plan(all_jobs(variants))
         return
+    from flowbench.record import write_atomically
+    from flowbench.reporting.plots import ablation_curves
+
     with display.StudyProgress() as progress:
         outcomes = run_jobs(all_jobs(variants), progress.listener(), jobs, plugin)
     result = rows(variants, outcomes, split)
