@@ -23,11 +23,13 @@ if not (_here / "algorithms").is_dir():
     __path__.append(str(_here.parent))
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'flowbench' has no attribute '{name}'")
-    module = "flowbench.registry" if name.startswith("register_") else "flowbench.experiments.api"
-    return getattr(_import_module(module), name)
+if not TYPE_CHECKING:  # else a type checker would believe in every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'flowbench' has no attribute '{name}'")
+        module = "flowbench.registry" if name.startswith("register_") else "flowbench.experiments.api"
+        return getattr(_import_module(module), name)
 
 
 def __dir__() -> list[str]:
