@@ -11,7 +11,18 @@ from pydantic import BaseModel, ConfigDict
 
 from flowbench.errors import RunError, UsageError
 from flowbench.registry import AlgorithmInfo, register_algorithm
-from flowbench.rollout import Batch, Compared, Draws, Loss, Rollout, endpoints, pairs, transitions, visited
+from flowbench.rollout import (
+    Batch,
+    Compared,
+    Draws,
+    Loss,
+    Rollout,
+    RolloutPlan,
+    endpoints,
+    pairs,
+    transitions,
+    visited,
+)
 
 if TYPE_CHECKING:
     from flowbench.models.policy import Policy
@@ -194,6 +205,10 @@ class Algorithm(Generic[C]):
         """What this configuration really needs of the class's declared needs; fewer states kept is memory saved."""
         return self.info.needs
 
+    def plan(self) -> RolloutPlan:
+        """What it asks of its rollouts, beside what its needs say."""
+        return RolloutPlan()
+
     def prepare(self, rollout: Rollout) -> Batch:
         """Turn a scored rollout into rows for the loss."""
         raise NotImplementedError
@@ -258,6 +273,7 @@ __all__ = [
     "LogUniform",
     "Loss",
     "Rollout",
+    "RolloutPlan",
     "Uniform",
     "endpoints",
     "pairs",

@@ -21,7 +21,7 @@ logger = logging.getLogger("flowbench")
 class Reward:
     """Base class. Subclasses implement `load` and `score`; the model's preset gives the arguments of __init__.
 
-    The methods below `weights` concern sums of rewards; see flowbench/combination.py.
+    The methods below `weights` concern sums of rewards; see flowbench/scoring/combination.py.
     """
 
     info: RewardInfo

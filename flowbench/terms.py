@@ -1,6 +1,6 @@
 """What the name of a reward means: a single one, or a weighted sum such as "clip:0.5+jpeg:0.5".
 
-Names and metadata alone: whoever builds the rewards is scoring/combination.py.
+Names and metadata alone: whoever builds the rewards is flowbench/scoring/combination.py.
 """
 
 from __future__ import annotations

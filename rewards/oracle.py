@@ -9,7 +9,7 @@ from flowbench.reward import Reward, register_reward
 
 @register_reward(
     "oracle",
-    source="flowbench testbed (flowbench/testbed/oracle.py)",
+    source="flowbench testbed (flowbench/testbeds/shapes/oracle.py)",
     licence="Apache-2.0",
     range=(0.0, 1.0),
     differentiable=False,

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from flowbench.cli.display import runs as display
+from flowbench.cli.display import progress, runs
 from flowbench.record import Score
 from flowbench.testbeds.shapes.world import CATEGORIES
 
@@ -23,10 +23,8 @@ def shown(monkeypatch: pytest.MonkeyPatch, width: int, color: bool = False) -> s
                 values[f"{metric}/{split}/{category}"] = Score(base=0.41, tuned=0.36, diff_ci95=(-0.1, -0.01))
     output = io.StringIO()
     system = "standard" if color else None
-    monkeypatch.setattr(
-        display, "console", Console(file=output, width=width, force_terminal=color, color_system=system)
-    )
-    display.score_table(values, "clip", "acflow on clip, mini-sd3, seed 0")
+    monkeypatch.setattr(runs, "console", Console(file=output, width=width, force_terminal=color, color_system=system))
+    runs.score_table(values, "clip", "acflow on clip, mini-sd3, seed 0")
     return output.getvalue()
 
 
@@ -59,9 +57,9 @@ def test_a_log_file_gets_a_line_at_every_tenth_of_the_work_and_a_terminal_none()
     def lines(terminal: bool) -> list[str]:
         output = io.StringIO()
         out = Console(file=output, width=80, force_terminal=terminal)
-        progress = display.LiveProgress(out)
+        bars = progress.LiveProgress(out)
         for step in range(1, 41):
-            progress.show("vae", step, 40, f"loss {1 / step:.2f}")
+            bars.show("vae", step, 40, f"loss {1 / step:.2f}")
         return output.getvalue().splitlines()
 
     assert lines(False) == [f"vae {step}/40 loss {1 / step:.2f}" for step in range(4, 41, 4)]

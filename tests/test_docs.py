@@ -82,8 +82,51 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert steps == sorted(steps)
 
 
-@pytest.mark.parametrize("document", [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))], ids=lambda p: p.name)
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "leaderboard").glob("*.md"))]
+# Where readers outside the repository find its files.
+REPOSITORY = re.compile(
+    r"https://(?:github|raw\.githubusercontent)\.com/flowbench/flowbench/(?:(?:blob|tree)/)?main/(.+)"
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
+    text = document.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text) + re.findall(r"^\[[^]]+\]: ([^#\s]+)", text, re.MULTILINE)
+    for target in links:
+        if match := REPOSITORY.fullmatch(target):
+            assert (ROOT / match[1]).exists(), target
+        elif not target.startswith("http"):
             assert (document.parent / target).exists(), target
+
+
+def test_files_and_modules_that_documents_and_sources_name_exist() -> None:
+    sources = [path for folder in ("flowbench", "algorithms", "rewards") for path in (ROOT / folder).rglob("*.py")]
+    presets = (ROOT / "flowbench").rglob("*.yaml")
+    cards = (ROOT / "flowbench" / "testbeds").rglob("README.md")
+    stale = []
+    for path in [*(d for d in DOCUMENTS if d.name != "CHANGELOG.md"), *sources, *presets, *cards]:
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"(?<![\w/.-])((?:flowbench|docs|tests|leaderboard)/[\w/.-]+\.\w+)", text)
+        stale += [f"{path.name}: {name}" for name in named if "NAME" not in name and not (ROOT / name).exists()]
+        modules = re.findall(r"(?<![\w\"./])flowbench((?:\.[a-z_][a-z_0-9]*)+)", text)
+        stale += [f"{path.name}: flowbench{name}" for name in modules if not is_module(name)]
+    assert stale == []
+
+
+def is_module(name: str) -> bool:
+    """Whether ".a.b.c" is a folder of the package, begins with a module of it, or is a name that a folder offers."""
+    first, *rest = name.strip(".").split(".")
+    place = ROOT if first in ("algorithms", "rewards") else ROOT / "flowbench"
+    for part in (first, *rest):
+        if (place / f"{part}.py").is_file():
+            return True
+        if not (place / part).is_dir():
+            return re.search(rf"\b{part}\b", (place / "__init__.py").read_text(encoding="utf-8")) is not None
+        place = place / part
+    return True
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page for page in sorted(DOCS.rglob("*.md")) if f": {page.relative_to(DOCS).as_posix()}\n" not in site] == []

@@ -16,16 +16,14 @@ from flowbench.builders import clip, preferences, rewards, text, transformer, va
 from flowbench.builders.card import write_cards
 from flowbench.builders.fit import Progress
 from flowbench.builders.reward_card import write_reward_cards
+from flowbench.builders.stages import chosen_stages
 from flowbench.builders.tokenizer import build_tokenizer
-from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.testbeds.shapes.weights import MODELS, weights_folder
-
-STAGES = ("vae", "clip", "text", "transformer", "rewards")
 
 
 def build(output: Path | None, work: Path, only: Sequence[str], seed: int, device: str, progress: Progress) -> Path:
@@ -34,10 +32,7 @@ def build(output: Path | None, work: Path, only: Sequence[str], seed: int, devic
     `only` retrains these stages and takes the others from the shipped weights.
     Raises UsageError for an unknown stage.
     """
-    for stage in only:
-        if stage not in STAGES:
-            raise UsageError(f"unknown stage '{stage}'{did_you_mean(stage, STAGES)}")
-    stages, where = tuple(only) or STAGES, pick_device(device)
+    stages, where = chosen_stages(only), pick_device(device)
     folder = output or weights_folder()
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(work / "tokenizer")

@@ -16,7 +16,13 @@ import typer
 from flowbench import __version__
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
+from flowbench.cli import testbed as cli_testbed
+from flowbench.cli.options import DeviceOption, OutputOption, PluginOption, PromptsOption, SettingsOption
 from flowbench.errors import RunError, UsageError
+from flowbench.experiments import api
+from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
+
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 app = typer.Typer(
     add_completion=False,
@@ -24,70 +30,40 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Benchmark of reward fine-tuning for flow-matching text-to-image models.",
 )
-testbed = typer.Typer(
-    no_args_is_help=True, help="The embedded world of shapes: build, show, path.", rich_markup_mode=None
-)
-app.add_typer(testbed, name="testbed")
+app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_rewards.app, name="rewards")
-
-ModelOption = Annotated[str, typer.Option(help="Model preset, or a preset's YAML file.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers algorithms or rewards.")]
-OutputOption = Annotated[Path, typer.Option(help="Folder of run folders.")]
-PromptsOption = Annotated[str | None, typer.Option(help="Prompt set: a name, a folder with a file per split, a file.")]
-
-# How an option of `run` may also be given by a configuration file.
-_DEFAULT_MODEL, _DEFAULT_REWARD = "mini-sd3", "clip"
 
 
 @app.command()
 def run(
     algorithm: Annotated[str, typer.Argument(help="Algorithm; see 'flowbench list algorithms'.")],
-    reward: Annotated[str | None, typer.Option(help=f"Reward to train on; default {_DEFAULT_REWARD}.")] = None,
-    model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {_DEFAULT_MODEL}.")] = None,
+    reward: Annotated[str | None, typer.Option(help=f"Reward to train on; default {REWARD}.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {MODEL}.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run; default 0.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Budget: images generated for training.")] = None,
     prompts: PromptsOption = None,
-    device: DeviceOption = "auto",
-    settings: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, for example training.learning_rate=1e-4.")
-    ] = [],  # noqa: B006 - typer wants the default itself
+    device: DeviceOption = DEVICE,
+    settings: SettingsOption = [],  # noqa: B006 - typer wants the default itself
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as a run's config.yaml.")] = None,
     plugin: PluginOption = [],  # noqa: B006
-    output: OutputOption = Path("runs"),
+    output: OutputOption = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its cost.")] = False,
 ) -> None:
     """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
-    from flowbench.config import parse_assignments, read_config_file, resolve_config
-    from flowbench.registry import load_plugin_file
-
-    for file in plugin:
-        load_plugin_file(file)
-    given = read_config_file(config) if config else {}
-    given.pop("algorithm", None)
-    plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
-    overrides = {**given, **parse_assignments(settings), **({"training.images": images} if images else {})}
-    resolved = resolve_config(
-        algorithm,
-        reward or plain["reward"] or _DEFAULT_REWARD,
-        model or plain["model"] or _DEFAULT_MODEL,
-        overrides=overrides,
-        seed=seed if seed is not None else plain["seed"] or 0,
-        device=device if device != "auto" else plain["device"] or "auto",
-        prompts=prompts or plain["prompts"],
-    )
     from flowbench.cli.display import runs as display
+    from flowbench.config import parse_assignments
 
+    given = parse_assignments(settings)
+    resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts)
     if dry_run:
         display.dry_run(resolved)
         return
-    from flowbench.experiments.run import execute, run_folder
+    from flowbench.cli.display.progress import RunProgress
 
-    folder = run_folder(output, resolved)
-    with display.RunProgress(resolved) as progress:
-        record = execute(resolved, folder, _command(), resume, progress.listener())
-    display.scores(record, folder)
+    with RunProgress(resolved) as progress:
+        result = api.carry_out(resolved, _command(), output, resume, progress.listener())
+    display.scores(result.record, result.folder)
 
 
 @app.command()
@@ -103,32 +79,29 @@ def evaluate(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override evaluation.* settings.")
     ] = [],  # noqa: B006
     prompts: PromptsOption = None,
-    device: DeviceOption = "auto",
+    device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
     """Score a run's base and tuned model again with the run's own protocol, or score other weights or images."""
     from flowbench.cli.display import runs as display
+    from flowbench.cli.display.progress import EvaluationProgress
     from flowbench.config import parse_assignments
-    from flowbench.experiments.reevaluate import evaluate as evaluate_path
-    from flowbench.registry import load_plugin_file
 
-    for file in plugin:
-        load_plugin_file(file)
-    with display.EvaluationProgress() as progress:
-        result = evaluate_path(path, parse_assignments(settings), model, device, progress, prompts)
+    with EvaluationProgress() as progress:
+        result = api.evaluate(
+            path, model, parse_assignments(settings), device, plugin, output, prompts, progress=progress
+        )
     display.evaluation(result)
-    if output:
-        result.save(output)
 
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", exists=True, help="Run folder.")],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     images: Annotated[int, typer.Option(min=1, help="Images per model.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    device: DeviceOption = "auto",
+    device: DeviceOption = DEVICE,
     output: Annotated[Path | None, typer.Option(help="PNG to write; default: in the run's samples folder.")] = None,
 ) -> None:
     """Draw a prompt with the base and the tuned model, side by side, from the same noise."""
@@ -141,39 +114,42 @@ def sample(
 def list_(
     what: Annotated[str, typer.Argument(help="algorithms, rewards, models, prompts or runs.")] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
-    output: OutputOption = Path("runs"),
+    output: OutputOption = OUTPUT,
 ) -> None:
     """List what there is."""
-    from flowbench.cli.display import runs as display
+    from flowbench.cli.display.listing import listing
     from flowbench.registry import load_plugin_file
 
     for file in plugin:
         load_plugin_file(file)
-    display.listing(what, output)
+    listing(what, output)
 
 
 @app.command()
 def leaderboard(
-    places: Annotated[list[Path], typer.Argument(help="Folders or records; default: runs.")] = [Path("runs")],  # noqa: B006
+    places: Annotated[list[Path], typer.Argument(help="Folders or records; default: runs.")] = [OUTPUT],  # noqa: B006
     split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
     format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
     output: Annotated[Path | None, typer.Option(help="Write there instead of to the terminal.")] = None,
 ) -> None:
     """Compare runs: means over seeds with intervals, generated from their records."""
-    from flowbench.cli.display import runs as display
-    from flowbench.record import find_records, write_atomically
+    if format_ not in ("terminal", "markdown", "csv"):
+        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
+    records = api.load_records(*places)
+
+    from flowbench.cli.display.leaderboard import leaderboard as show
+    from flowbench.record import write_atomically
     from flowbench.reporting.leaderboard import rows, to_csv, to_markdown
 
-    writers = {"markdown": to_markdown, "csv": to_csv}
-    if format_ not in (*writers, "terminal"):
-        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
-    table = rows(find_records(places), split)
+    table = rows(records, split)
     if format_ == "terminal":
-        display.leaderboard(table)
-    elif output:
-        write_atomically(output, writers[format_](table))
+        show(table)
+        return
+    text = to_markdown(table) if format_ == "markdown" else to_csv(table)
+    if output:
+        write_atomically(output, text)
     else:
-        typer.echo(writers[format_](table), nl=False)
+        typer.echo(text, nl=False)
 
 
 app.command()(cli_studies.ablate)
@@ -183,57 +159,10 @@ app.command()(cli_studies.check)
 @app.command()
 def doctor() -> None:
     """Show what is installed, which device is there, and which weights can be reached."""
-    from flowbench.cli.display import runs as display
+    from flowbench.cli.display.listing import doctor as show
     from flowbench.cli.doctor import examine
 
-    display.doctor(examine())
-
-
-@testbed.command("build")
-def testbed_build(
-    output: Annotated[Path | None, typer.Option(help="Folder for the weights; default: inside the package.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder of checkpoints; a build continues from them.")] = Path(
-        ".cache/testbed"
-    ),
-    only: Annotated[list[str], typer.Option("--only", help="vae, clip, text, transformer, rewards; default all.")] = [],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: DeviceOption = "auto",
-) -> None:
-    """Train the embedded models from nothing.
-
-    mini-sd3 and mini-clip take about two hours on two slow cores, and the preference models come on top; a GPU takes
-    minutes.
-    """
-    from flowbench.builders.pipeline import build
-    from flowbench.cli.display import runs as display
-
-    with display.BuildProgress() as progress:
-        folder = build(output, work, only, seed, device, progress)
-    typer.echo(folder)
-
-
-@testbed.command("show")
-def testbed_show(
-    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("testbed.png"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Draw scenes of the world with their captions, and what the base model makes of the same captions."""
-    from flowbench.experiments.sampling import show_testbed
-
-    typer.echo(show_testbed(output, seed))
-
-
-@testbed.command("path")
-def testbed_path(
-    model: Annotated[str, typer.Argument(help="mini-sd3, mini-clip, mini-hpsv2, mini-imagereward, ...")],
-) -> None:
-    """Print the folder of an embedded model; plain diffusers, open_clip or transformers loads it."""
-    from flowbench.errors import did_you_mean
-    from flowbench.testbeds.shapes.weights import embedded_models, weights_folder
-
-    if model not in embedded_models():
-        raise UsageError(f"unknown testbed model '{model}'{did_you_mean(model, embedded_models())}")
-    typer.echo(weights_folder() / model)
+    show(examine())
 
 
 def _version(value: bool) -> None:
@@ -269,6 +198,8 @@ def main() -> None:
     atexit.register(gc.freeze)
     try:
         code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's way to pass on a Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except Exception as error:
         if debug:
@@ -278,7 +209,7 @@ def main() -> None:
         sys.exit(status)
     except KeyboardInterrupt:
         print("flowbench: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from flowbench.cli.options import DeviceOption
+from flowbench.experiments.defaults import DEVICE, MODEL
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -102,10 +105,10 @@ def parity(
 @app.command()
 def serve(
     name: Annotated[str, typer.Argument(help="Reward, or a sum such as clip:0.5+jpeg:0.5.")],
-    model: Annotated[str, typer.Option(help="Model preset that configures the reward.")] = "mini-sd3",
+    model: Annotated[str, typer.Option(help="Model preset that configures the reward.")] = MODEL,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceOption = DEVICE,
     megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request that is accepted.")] = 256,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:

@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
+from flowbench.cli.options import DeviceOption, ModelOption, OutputOption, PluginOption
 from flowbench.errors import UsageError
-
-PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers algorithms or rewards.")]
+from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
 
 def ablate(
     algorithm: Annotated[str, typer.Argument(help="Algorithm; see 'flowbench list algorithms'.")],
-    reward: Annotated[str, typer.Option(help="Reward to train on.")] = "clip",
-    model: Annotated[str, typer.Option(help="Model preset, or a preset's YAML file.")] = "mini-sd3",
+    reward: Annotated[str, typer.Option(help="Reward to train on.")] = REWARD,
+    model: ModelOption = MODEL,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per variant.")] = 3,
     images: Annotated[int | None, typer.Option(min=1, help="Budget of each run.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: DeviceOption = DEVICE,
     settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override for every variant.")] = [],  # noqa: B006
     plugin: PluginOption = [],  # noqa: B006
-    output: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
+    output: OutputOption = OUTPUT,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
     format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
@@ -43,14 +43,15 @@ def ablate(
 
     from flowbench.experiments.ablation import all_jobs, plan, rows, to_csv, to_markdown
     from flowbench.experiments.study import run_jobs
-    from flowbench.record import write_atomically
-    from flowbench.reporting.plots import ablation_curves
 
     where = {"reward": reward, "model": model, "device": device, "output": output, "plugins": plugin}
     variants = plan(algorithm, overrides, seeds, split, **where)
     if dry_run:
         display.plan(all_jobs(variants))
         return
+    from flowbench.record import write_atomically
+    from flowbench.reporting.plots import ablation_curves
+
     with display.StudyProgress() as progress:
         outcomes = run_jobs(all_jobs(variants), progress.listener(), jobs, plugin)
     result = rows(variants, outcomes, split)

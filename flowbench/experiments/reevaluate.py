@@ -18,6 +18,7 @@ from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
 from flowbench.evaluation.judges import build_judges, build_reward, reads_oracle, usable
 from flowbench.evaluation.protocol import score_split
+from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.inputs import kept_preset, kept_split
 from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
 from flowbench.models.devices import pick_device
@@ -31,7 +32,6 @@ from flowbench.registry import rewards
 from flowbench.terms import term_names
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
-DEFAULT_MODEL = "mini-sd3"
 
 Progress = Callable[[int, int], None]  # images done, of all images
 
@@ -79,7 +79,7 @@ def evaluate(
         if model is not None:
             raise UsageError(f"'{path}' is a run of its own model; leave out --model")
         return _evaluate_run(path, overrides, where, progress, prompts)
-    preset = load_preset(model or DEFAULT_MODEL)
+    preset = load_preset(model or MODEL)
     if isinstance(preset, AnalyticPreset):
         raise UsageError(f"model '{preset.name}' is a formula without weights or images; of it only runs are evaluated")
     protocol = evaluation_config(preset, overrides)

@@ -12,7 +12,7 @@ from flowbench.config import RunConfig, TrainingConfig
 from flowbench.models.policy import Policy
 from flowbench.prompts import Prompt
 from flowbench.reward import Reward, check_signal, checked_score
-from flowbench.rollout import Rollout
+from flowbench.rollout import Rollout, RolloutPlan
 from flowbench.seeding import generator_for
 from flowbench.training.budget import Budget
 
@@ -32,19 +32,22 @@ class Collector:
         """
         training, seed, device = self.config.training, self.config.seed, self.policy.device
         group, prompts = self._draw_prompts(iteration)
-        needs = self.algorithm.needs()
+        needs, plan = self.algorithm.needs(), self.algorithm.plan()
         self.policy.generator = generator_for(seed, "rollout", iteration)
         with budget.timed("rollout", device):
             cond = self.policy.encode(prompts)
             samples = self.policy.rollout(
                 cond,
-                self.policy.draw_noise(len(prompts)),
+                self._draw_noise(group, plan),
                 sampler=self.policy.sampler,
                 num_steps=self.policy.num_steps,
                 guidance_scale=training.guidance_scale,
                 window=stochastic_steps(training, self.policy.num_steps, seed, iteration),
                 keep_states=bool(needs & {"states", "log_prob"}),
                 weights="old" if "old" in needs else "current",
+                group=group.to(device),
+                branch_step=plan.branch_step,
+                keep_steps=plan.keep_steps,
             )
         with budget.timed("decode", device), torch.no_grad():
             images = torch.cat([self.policy.decode(part) for part in samples.x0.split(training.decode_batch)])
@@ -63,7 +66,15 @@ class Collector:
             components=scores,
             states=samples.states,
             log_prob=samples.log_prob,
+            step_mean=samples.mean,
+            step_std=samples.std,
         )
+
+    def _draw_noise(self, group: torch.Tensor, plan: RolloutPlan) -> torch.Tensor:
+        """The first noise (B, C, h, w) of images with these groups (B,)."""
+        if not plan.shared_noise:
+            return self.policy.draw_noise(len(group))
+        return self.policy.draw_noise(int(group.max()) + 1)[group.to(self.policy.device)]
 
     def _draw_prompts(self, iteration: int) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
         """The group (B,) of each image of an iteration, and its prompt; all prompts before one comes twice."""

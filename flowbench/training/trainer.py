@@ -15,6 +15,7 @@ import torch
 from flowbench.algorithm import Algorithm, RewardFunction
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, RunInterruptedError
+from flowbench.models.flow import get_sampler
 from flowbench.models.policy import Policy
 from flowbench.prompts import Prompt
 from flowbench.reward import Reward
@@ -68,6 +69,8 @@ class Trainer:
         algorithm.score = self._counted(algorithm.score)
         for network in algorithm.networks().values():
             network.to(policy.device)
+        if sampler := algorithm.plan().sampler:
+            policy.sampler = get_sampler(sampler)
         self.stop = StopRequest()
         self.collector = Collector(config, policy, algorithm, reward, prompts)
         self.updater = Updater(config, policy, algorithm)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from flowbench.cli.display.runs import console
+from flowbench.cli.display.console import console
 
 if TYPE_CHECKING:
     from flowbench.scoring.workers.management import Overlay

@@ -1,121 +1,26 @@
-"""What the command line prints, with rich: live progress and tables."""
+"""What the command line prints of one run: its configuration, its scores, an evaluation; with rich."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flowbench.cli.display.console import console
 from flowbench.config import RunConfig
-from flowbench.errors import UsageError, did_you_mean
-from flowbench.models.presets import load_preset, preset_names
-from flowbench.prompts import prompt_sets, splits
-from flowbench.registry import algorithms, rewards
+from flowbench.models.presets import load_preset
 from flowbench.terms import trained_metrics
 
 if TYPE_CHECKING:
-    from flowbench.cli.doctor import Finding
     from flowbench.experiments.reevaluate import Evaluation
-    from flowbench.experiments.run import Listener
     from flowbench.record import Record, Score
-    from flowbench.reporting.leaderboard import Row
-    from flowbench.training.trainer import IterationLog
 
-console = Console()
 CATEGORY_METRICS = ("oracle_exact", "oracle_soft")
 MARKS = {" *": "trained on", " °": "held out"}
-
-
-def _progress(out: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=out,
-    )
-
-
-class LiveProgress:
-    """A progress display that lives as long as its context."""
-
-    def __init__(self, out: Console = console) -> None:
-        self.progress = _progress(out)
-        self.tasks: dict[str, Any] = {}
-        self.tenths: dict[str, int] = {}
-
-    def __enter__(self) -> Any:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Set a named bar."""
-        if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(name, total=total, note=note)
-        self.progress.update(self.tasks[name], completed=done, total=total, note=note)
-        if not self.progress.console.is_terminal:
-            self._log(name, done, total, note)
-
-    def _log(self, name: str, done: int, total: int, note: str) -> None:
-        """A line at every tenth, where no bar can be drawn: in a job's log."""
-        tenth = 10 * done // max(total, 1)
-        if tenth > self.tenths.get(name, 0):
-            self.tenths[name] = tenth
-            self.progress.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False, markup=False)
-
-
-class RunProgress(LiveProgress):
-    """Iteration, reward, images per second and the time left of a run; then its evaluation."""
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__()
-        self.config, self.iterations = config, 0
-
-    def listener(self) -> Listener:
-        """The callbacks for `run.execute`."""
-        from flowbench.experiments.run import Listener
-
-        return Listener(self._start, self._iteration, lambda done, total: self.show("evaluating", done, total))
-
-    def _start(self, iteration: int, iterations: int) -> None:
-        self.iterations = iterations
-        c = self.config
-        self.progress.console.print(f"{c.algorithm} on {c.reward}, {c.model}, seed {c.seed}: {iterations} iterations")
-        self.show("training", iteration, iterations)
-
-    def _iteration(self, log: IterationLog) -> None:
-        each = self.config.training.prompts_per_iteration * self.config.training.images_per_prompt
-        note = f"reward {log.reward:.4f}  {each / log.seconds:.0f} images/s"
-        self.show("training", log.iteration, self.iterations, note)
-
-
-class EvaluationProgress(LiveProgress):
-    """A bar for `evaluate`."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Images done, of all images."""
-        self.show("evaluating", done, total)
-
-
-class BuildProgress(LiveProgress):
-    """A bar for each stage of `testbed build`."""
-
-    def __call__(self, stage: str, done: int, total: int, loss: float) -> None:
-        """Steps done of a stage, and its loss."""
-        self.show(stage, done, total, f"loss {loss:.4f}" if loss else "")
 
 
 def dry_run(config: RunConfig) -> None:
@@ -224,101 +129,3 @@ def _number(value: float, sign: str = "") -> str:
 
 def _short(split: str) -> str:
     return split if len(split) <= 8 else f"{split[:4]}."
-
-
-def listing(what: str, output: Path) -> None:
-    """Algorithms, rewards, models, prompts or runs.
-
-    Raises UsageError for anything else.
-    """
-    makers = {"algorithms": _algorithms, "rewards": _rewards, "models": _models, "prompts": _prompts}
-    if what == "runs":
-        console.print(_runs(output))
-    elif what in makers:
-        console.print(makers[what]())
-    else:
-        raise UsageError(f"cannot list '{what}'{did_you_mean(what, [*makers, 'runs'])}")
-
-
-def _table(*headings: str) -> Table:
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
-
-
-def _algorithms() -> Table:
-    table = _table("algorithm", "paper", "needs", "what it is")
-    for name in algorithms.names():
-        info = algorithms.describe(name)
-        table.add_row(name, info.paper, ", ".join(sorted(info.needs)), info.summary)
-    return table
-
-
-def _rewards() -> Table:
-    table = _table("reward", "source", "licence", "gradient", "truth", "what it is")
-    for name in rewards.names():
-        info = rewards.describe(name)
-        marks = ["yes" if flag else "" for flag in (info.differentiable, info.truth)]
-        table.add_row(name, info.source, info.licence, *marks, info.summary)
-    return table
-
-
-def _models() -> Table:
-    table = _table("model", "source", "licence", "resolution", "steps", "guidance", "prompts")
-    for name in preset_names():
-        p = load_preset(name)
-        table.add_row(name, p.source, p.licence, str(p.resolution), str(p.num_steps), str(p.guidance_scale), p.prompts)
-    return table
-
-
-def _prompts() -> Table:
-    from flowbench.prompts import FOLDER, load_split
-
-    table = _table("prompt set", "split", "prompts", "sha256")
-    for name in prompt_sets():
-        for split in splits(FOLDER / name):
-            content = load_split(name, split)
-            table.add_row(name, split, str(len(content.prompts)), content.sha256[:12])
-    return table
-
-
-def _runs(output: Path) -> Table:
-    table = _table("run", "state")
-    for config in sorted(output.rglob("config.yaml")) if output.exists() else []:
-        folder = config.parent
-        state = "done" if (folder / "DONE").exists() else "unfinished (continue with --resume)"
-        table.add_row(str(folder), state)
-    return table
-
-
-def leaderboard(table: Sequence[Row]) -> None:
-    """A leaderboard in the terminal: one table per model, reward and budget; intervals where the terminal is wide."""
-    from flowbench.reporting.leaderboard import LEGEND, cells, columns, headings
-
-    shared = 5  # the columns model, reward, algorithm, seeds, images
-    for (model, reward, images, _), group in groupby(table, lambda r: (r.model, r.reward, r.images, r.protocol)):
-        lines = list(group)
-        metrics = columns(lines)
-        wide = console.width >= 26 + 24 * len(metrics)
-        view = Table(title=f"{model}, trained on {reward} with {images} images", title_justify="left", box=SIMPLE_HEAD)
-        view.pad_edge = False
-        view.add_column("algorithm", no_wrap=True)
-        for heading in ("seeds", *headings(metrics)[shared:]):
-            view.add_column(heading.replace("_", " ") if not wide else heading, justify="right")
-        for row in lines:
-            values = cells(row, metrics)[shared:]
-            shown = values if wide else [re.sub(r" \[[^]]*\]", "", value) for value in values]
-            view.add_row(row.algorithm, str(row.seeds), *shown)
-        console.print(view)
-    console.print(LEGEND.replace("\\*", "*"), highlight=False)
-    if not wide:
-        console.print("intervals: widen the terminal, or --format markdown or csv", highlight=False)
-
-
-def doctor(findings: Sequence[Finding]) -> None:
-    """What is there, what is missing, and what to do about it."""
-    view = _table("part", "state", "what to do")
-    for f in findings:
-        view.add_row(f.part, ("[green]ok[/] " if f.ok else "[yellow]missing[/] ") + f.state, f.remedy)
-    console.print(view)

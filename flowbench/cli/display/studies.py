@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from flowbench.cli.display.runs import LiveProgress, RunProgress, console
+from flowbench.cli.display.console import console
+from flowbench.cli.display.progress import LiveProgress, RunProgress
 
 if TYPE_CHECKING:
     from flowbench.conformance import Finding

@@ -75,7 +75,7 @@ class ModelPreset(BaseModel):
 class AnalyticPreset(ModelPreset):
     """A model of points in the plane with a known distribution, source "analytic:gaussian" or "analytic:mixture".
 
-    density: the arguments of that distribution, see analytic/density.py.
+    density: the arguments of that distribution, see flowbench/testbeds/plane/density.py.
     """
 
     family: str = "plane"

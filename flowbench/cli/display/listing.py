@@ -1,0 +1,92 @@
+"""What `flowbench list` and `flowbench doctor` print: what there is, with rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from flowbench.cli.display.console import console
+from flowbench.errors import UsageError, did_you_mean
+from flowbench.models.presets import load_preset, preset_names
+from flowbench.prompts import prompt_sets, splits
+from flowbench.registry import algorithms, rewards
+
+if TYPE_CHECKING:
+    from flowbench.cli.doctor import Finding
+
+
+def listing(what: str, output: Path) -> None:
+    """Algorithms, rewards, models, prompts or runs.
+
+    Raises UsageError for anything else.
+    """
+    makers = {"algorithms": _algorithms, "rewards": _rewards, "models": _models, "prompts": _prompts}
+    if what == "runs":
+        console.print(_runs(output))
+    elif what in makers:
+        console.print(makers[what]())
+    else:
+        raise UsageError(f"cannot list '{what}'{did_you_mean(what, [*makers, 'runs'])}")
+
+
+def _table(*headings: str) -> Table:
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _algorithms() -> Table:
+    table = _table("algorithm", "paper", "needs", "what it is")
+    for name in algorithms.names():
+        info = algorithms.describe(name)
+        table.add_row(name, info.paper, ", ".join(sorted(info.needs)), info.summary)
+    return table
+
+
+def _rewards() -> Table:
+    table = _table("reward", "source", "licence", "gradient", "truth", "what it is")
+    for name in rewards.names():
+        info = rewards.describe(name)
+        marks = ["yes" if flag else "" for flag in (info.differentiable, info.truth)]
+        table.add_row(name, info.source, info.licence, *marks, info.summary)
+    return table
+
+
+def _models() -> Table:
+    table = _table("model", "source", "licence", "resolution", "steps", "guidance", "prompts")
+    for name in preset_names():
+        p = load_preset(name)
+        table.add_row(name, p.source, p.licence, str(p.resolution), str(p.num_steps), str(p.guidance_scale), p.prompts)
+    return table
+
+
+def _prompts() -> Table:
+    from flowbench.prompts import FOLDER, load_split
+
+    table = _table("prompt set", "split", "prompts", "sha256")
+    for name in prompt_sets():
+        for split in splits(FOLDER / name):
+            content = load_split(name, split)
+            table.add_row(name, split, str(len(content.prompts)), content.sha256[:12])
+    return table
+
+
+def _runs(output: Path) -> Table:
+    table = _table("run", "state")
+    for config in sorted(output.rglob("config.yaml")) if output.exists() else []:
+        folder = config.parent
+        state = "done" if (folder / "DONE").exists() else "unfinished (continue with --resume)"
+        table.add_row(str(folder), state)
+    return table
+
+
+def doctor(findings: Sequence[Finding]) -> None:
+    """What is there, what is missing, and what to do about it."""
+    view = _table("part", "state", "what to do")
+    for f in findings:
+        view.add_row(f.part, ("[green]ok[/] " if f.ok else "[yellow]missing[/] ") + f.state, f.remedy)
+    console.print(view)

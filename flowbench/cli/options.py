@@ -1,0 +1,17 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[str, typer.Option(help="Model preset, or a preset's YAML file.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+PluginOption = Annotated[list[Path], typer.Option("--plugin", help="Python file that registers algorithms or rewards.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder of run folders.")]
+PromptsOption = Annotated[str | None, typer.Option(help="Prompt set: a name, a folder with a file per split, a file.")]
+SettingsOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, for example training.learning_rate=1e-4.")
+]

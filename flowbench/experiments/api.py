@@ -1,0 +1,194 @@
+"""The Python API: `flowbench.run` and its like do what the commands of the same names do, with the same defaults.
+
+The command line calls these functions too. Importing this module is cheap; torch is imported when something runs.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowbench.errors import UsageError
+from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
+
+if TYPE_CHECKING:
+    from flowbench.config import RunConfig
+    from flowbench.experiments.reevaluate import Evaluation
+    from flowbench.experiments.run import Listener
+    from flowbench.record import Record
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves: its record, and the folder with everything else (README, "What a run leaves")."""
+
+    record: Record
+    folder: Path
+
+
+def resolve(
+    algorithm: str,
+    reward: str | None = None,
+    model: str | None = None,
+    seed: int | None = None,
+    images: int | None = None,
+    device: str = DEVICE,
+    settings: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    plugins: Sequence[str | Path] = (),
+    prompts: str | None = None,
+) -> RunConfig:
+    """The full configuration of a run, from arguments as in `run`: they come before `config`, and that before defaults.
+
+    Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
+    """
+    from flowbench.config import read_config_file, resolve_config
+
+    _load(plugins)
+    given = read_config_file(Path(config)) if config else {}
+    given.pop("algorithm", None)
+    plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
+    budget = {} if images is None else {"training.images": images}
+    return resolve_config(
+        algorithm,
+        reward or plain["reward"] or REWARD,
+        model or plain["model"] or MODEL,
+        overrides={**given, **(settings or {}), **budget},
+        seed=seed if seed is not None else plain["seed"] or 0,
+        device=device if device != DEVICE else plain["device"] or DEVICE,
+        prompts=prompts or plain["prompts"],
+    )
+
+
+def run(
+    algorithm: str,
+    reward: str | None = None,
+    model: str | None = None,
+    seed: int | None = None,
+    images: int | None = None,
+    device: str = DEVICE,
+    settings: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    plugins: Sequence[str | Path] = (),
+    output: str | Path = OUTPUT,
+    resume: bool = False,
+    prompts: str | None = None,
+    *,
+    listener: Listener | None = None,
+) -> RunResult:
+    """Fine-tune a model on a reward, evaluate it against its base, and write a record: `flowbench run`.
+
+    Args:
+        algorithm: a name of `flowbench list algorithms`, or one that `plugins` register.
+        reward: a reward, a weighted sum such as "clip:0.5+jpeg:0.5", or a server's address; None is "clip".
+        model: a preset's name or YAML file; None is "mini-sd3".
+        seed: of everything random in the run, at least 0; None is 0.
+        images: the budget: images generated for training, at least 1; None is the model's default.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        settings: overrides such as {"training.learning_rate": 1e-4, "algorithm.tau": 2.0}.
+        config: a YAML file with settings, such as a run's config.yaml; all other arguments come before it.
+        plugins: Python files that register algorithms or rewards.
+        output: the folder of run folders.
+        resume: continue an interrupted run from its checkpoint.
+        prompts: a prompt set's name, a folder with a file per split, or one file; None is the model's set.
+        listener: is told how far the run is.
+
+    Raises:
+        UsageError: the request is wrong, or its run is finished already; nothing was computed.
+        RunError: it could not be carried out; what was computed until then is saved.
+    """
+    resolved = resolve(algorithm, reward, model, seed, images, device, settings, config, plugins, prompts)
+    options = {"reward": reward, "model": model, "seed": seed, "images": images, "device": device, "config": config}
+    options |= {"prompts": prompts}
+    return carry_out(
+        resolved, _command(algorithm, settings, plugins, **options, output=output), output, resume, listener
+    )
+
+
+def carry_out(
+    config: RunConfig,
+    command: str,
+    output: str | Path = OUTPUT,
+    resume: bool = False,
+    listener: Listener | None = None,
+) -> RunResult:
+    """Make the run of a resolved configuration below `output`; `command` is what its record says it was made with.
+
+    Raises UsageError and RunError as `run` does.
+    """
+    from flowbench.experiments.run import Listener, execute, run_folder
+
+    folder = run_folder(Path(output), config)
+    record = execute(config, folder, command, resume, listener or Listener())
+    return RunResult(record, folder)
+
+
+def evaluate(
+    path: str | Path,
+    model: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    device: str = DEVICE,
+    plugins: Sequence[str | Path] = (),
+    output: str | Path | None = None,
+    prompts: str | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a run's base and tuned model again, or other weights or images: `flowbench evaluate`.
+
+    Args:
+        path: run folder, LoRA file or folder, diffusers folder, or folder of images with prompts.tsv or prompts.jsonl.
+        model: the preset that weights or images belong to, None is "mini-sd3"; a run knows its own.
+        settings: overrides of evaluation.* settings.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        plugins: Python files that register rewards.
+        output: a JSON file to write the scores to.
+        prompts: a prompt set's name, a folder with a file per split, or one file, in place of the path's own.
+        progress: is called with the images scored, and all of them.
+
+    Raises:
+        UsageError: the path holds nothing to score, or a setting is wrong.
+        RunError: weights cannot be loaded.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UsageError(f"'{place}' does not exist")
+    from flowbench.experiments.reevaluate import evaluate as evaluate_path
+
+    _load(plugins)
+    told = progress or (lambda done, total: None)
+    result = evaluate_path(place, dict(settings or {}), model, device, told, prompts)
+    if output is not None:
+        result.save(Path(output))
+    return result
+
+
+def load_records(*places: str | Path) -> list[Record]:
+    """The records below these files and folders, "runs" if none is named, in the order of their paths.
+
+    Raises UsageError when a place does not exist or a file is no record.
+    """
+    from flowbench.record import find_records
+
+    return find_records([Path(place) for place in places or (OUTPUT,)])
+
+
+def _load(plugins: Sequence[str | Path]) -> None:
+    from flowbench.registry import load_plugin_file
+
+    for file in plugins:
+        load_plugin_file(Path(file))
+
+
+def _command(algorithm: str, settings: Mapping[str, Any] | None, plugins: Sequence[str | Path], **options: Any) -> str:
+    """The request as a command that can be typed; options that are None were not given."""
+    from flowbench.experiments.study import spell
+
+    words = ["flowbench", "run", algorithm]
+    words += [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    words += [part for file in plugins for part in ("--plugin", str(file))]
+    words += [part for key, value in (settings or {}).items() for part in ("--set", f"{key}={spell(value)}")]
+    return shlex.join(words)

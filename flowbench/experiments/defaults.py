@@ -1,0 +1,8 @@
+"""What is taken where nobody says anything: the one place of the defaults that command line and Python API share."""
+
+from pathlib import Path
+
+MODEL = "mini-sd3"
+REWARD = "clip"
+DEVICE = "auto"
+OUTPUT = Path("runs")
