@@ -12,10 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
-from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import choose_prompts, locate
 from flowbench.prompts.needs import check_run
 from flowbench.registry import algorithms, rewards
+from flowbench.requirements import check_domain, check_judges, check_needs, check_window
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
 if TYPE_CHECKING:
@@ -194,10 +195,10 @@ def resolve_config(
         "hyperparameters": _validate(cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
     }
     config: RunConfig = _validate(RunConfig, "", values)
-    _check_domain(config, preset, combined_info(terms).domain)
-    _check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
-    _check_window(config, preset)
-    _check_judges(config.evaluation, config.reward)
+    check_domain(config, preset, combined_info(terms).domain)
+    check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
+    check_window(config, preset)
+    check_judges(config.evaluation, config.reward)
     trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
     check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)
     return config
@@ -243,58 +244,12 @@ def evaluation_config(preset: ModelPreset, overrides: dict[str, Any], reward: st
     """
     given = {key.removeprefix("evaluation."): value for key, value in overrides.items()}
     config: EvaluationConfig = _validate(EvaluationConfig, "evaluation", {**preset.evaluation, **given})
-    _check_judges(config, reward)
+    check_judges(config, reward)
     return config
 
 
 def _default_sampler(needs: frozenset[str]) -> dict[str, Any]:
     return {"sampler": "flow-sde"} if "log_prob" in needs else {}
-
-
-def _check_domain(config: RunConfig, preset: ModelPreset, domain: str) -> None:
-    analytic = isinstance(preset, AnalyticPreset)
-    if analytic != (domain == "points"):
-        made = "points, use 'linear' or 'quadratic'" if analytic else "images, use for example 'clip'"
-        raise UsageError(f"reward '{config.reward}' scores {domain}; model '{config.model}' makes {made}")
-    if analytic and config.training.tuning != "full":
-        raise UsageError(f"model '{config.model}' has no layers for LoRA; use training.tuning=full")
-
-
-def _check_needs(needs: frozenset[str], config: RunConfig, without_gradient: list[str]) -> None:
-    from flowbench.models.flow import get_sampler
-
-    sampler = config.training.sampler
-    if not get_sampler(sampler).has_log_prob and "log_prob" in needs:
-        raise UsageError(f"{config.algorithm} needs log_prob; sampler '{sampler}' has none, use 'flow-sde'")
-    if "reward_grad" in needs and without_gradient:
-        raise UsageError(
-            f"{config.algorithm} needs the reward's gradient; reward '{without_gradient[0]}' has none, "
-            "use for example 'clip'"
-        )
-
-
-def _check_judges(config: EvaluationConfig, reward: str | None) -> None:
-    trained = term_names(reward) if reward else ()
-    for name in config.judges or ():
-        rewards.require(name)
-        if name in trained:
-            raise UsageError(
-                f"the run trains on '{name}', so it cannot be a judge: it would praise what it taught; take it out of "
-                "evaluation.judges (its score is reported all the same)"
-            )
-
-
-def _check_window(config: RunConfig, preset: ModelPreset) -> None:
-    from flowbench.models.flow import get_sampler
-
-    training = config.training
-    if training.sde_window is None:
-        return
-    if not get_sampler(training.sampler).has_log_prob:
-        raise UsageError(f"training.sde_window: sampler '{training.sampler}' is not stochastic, use 'flow-sde'")
-    steps = training.num_steps or preset.num_steps
-    if training.sde_window >= steps:  # the last step is never in it, as in the reference implementations
-        raise UsageError(f"training.sde_window is {training.sde_window}; it must be below the {steps} sampler steps")
 
 
 def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> Any:

@@ -315,7 +315,7 @@ def test_a_need_that_is_declared_and_not_used_is_found(clean_registry: None, tmp
 
 @pytest.mark.parametrize("name", ["ddpo", "refl"])
 def test_a_need_that_is_not_enforced_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flowbench.config._check_needs", lambda *_: None)
+    monkeypatch.setattr("flowbench.config.check_needs", lambda *_: None)
     verdict = algorithm_claims.needs_are_honoured(AlgorithmBench(name, "gaussian", tmp_path))
     assert verdict.status == Status.FAIL
     assert "is not refused with" in verdict.reason

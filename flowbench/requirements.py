@@ -1,0 +1,63 @@
+"""Whether a resolved configuration can be carried out: what is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowbench.errors import UsageError
+from flowbench.models.presets import AnalyticPreset, ModelPreset
+from flowbench.registry import rewards
+from flowbench.terms import term_names
+
+if TYPE_CHECKING:
+    from flowbench.config import EvaluationConfig, RunConfig
+
+
+def check_domain(config: RunConfig, preset: ModelPreset, domain: str) -> None:
+    """Raise UsageError where the reward cannot score what the model makes, or the model cannot be tuned as asked."""
+    analytic = isinstance(preset, AnalyticPreset)
+    if analytic != (domain == "points"):
+        made = "points, use 'linear' or 'quadratic'" if analytic else "images, use for example 'clip'"
+        raise UsageError(f"reward '{config.reward}' scores {domain}; model '{config.model}' makes {made}")
+    if analytic and config.training.tuning != "full":
+        raise UsageError(f"model '{config.model}' has no layers for LoRA; use training.tuning=full")
+
+
+def check_needs(needs: frozenset[str], config: RunConfig, without_gradient: list[str]) -> None:
+    """Raise UsageError where sampler or rewards do not meet an algorithm's needs."""
+    from flowbench.models.flow import get_sampler
+
+    sampler = config.training.sampler
+    if not get_sampler(sampler).has_log_prob and "log_prob" in needs:
+        raise UsageError(f"{config.algorithm} needs log_prob; sampler '{sampler}' has none, use 'flow-sde'")
+    if "reward_grad" in needs and without_gradient:
+        raise UsageError(
+            f"{config.algorithm} needs the reward's gradient; reward '{without_gradient[0]}' has none, "
+            "use for example 'clip'"
+        )
+
+
+def check_judges(config: EvaluationConfig, reward: str | None) -> None:
+    """Raise UsageError for a judge that is unknown or trained on."""
+    trained = term_names(reward) if reward else ()
+    for name in config.judges or ():
+        rewards.require(name)
+        if name in trained:
+            raise UsageError(
+                f"the run trains on '{name}', so it cannot be a judge: it would praise what it taught; take it out of "
+                "evaluation.judges (its score is reported all the same)"
+            )
+
+
+def check_window(config: RunConfig, preset: ModelPreset) -> None:
+    """Raise UsageError for a window of stochastic steps that the sampler does not have."""
+    from flowbench.models.flow import get_sampler
+
+    training = config.training
+    if training.sde_window is None:
+        return
+    if not get_sampler(training.sampler).has_log_prob:
+        raise UsageError(f"training.sde_window: sampler '{training.sampler}' is not stochastic, use 'flow-sde'")
+    steps = training.num_steps or preset.num_steps
+    if training.sde_window >= steps:  # the last step is never in it, as in the reference implementations
+        raise UsageError(f"training.sde_window is {training.sde_window}; it must be below the {steps} sampler steps")
