@@ -256,9 +256,7 @@ def test_a_hub_id_is_found_below_flowbench_weights_and_in_the_hubs_cache(
 ) -> None:
     (tmp_path / "maker").mkdir()
     (tmp_path / "maker" / "model-Turbo").symlink_to(folders["lumina2"])
-    with pytest.raises(
-        UsageError, match=r"unknown model 'maker/model-Turbo'; .*fetch it with 'hf download maker/model-Turbo'"
-    ):
+    with pytest.raises(UsageError, match=r"unknown model 'maker/.*fetch it with 'hf download maker/model-Turbo'"):
         load_preset("maker/model-Turbo")
     monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(tmp_path))
     below = load_preset("maker/model-Turbo")
