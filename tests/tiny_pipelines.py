@@ -12,7 +12,10 @@ from diffusers import (
     Lumina2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,6 +24,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -213,5 +219,47 @@ def lumina2() -> Lumina2Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=small_vae(4),
         text_encoder=Gemma2Model(encoder),
+        tokenizer=tokenizer,
+    )
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Single bytes, with the markers of a chat."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {piece: i for i, piece in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
+    turn = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = turn + "<|im_start|>assistant\n"
+    return tokenizer
+
+
+def zimage() -> ZImagePipeline:
+    """Z-Image's model_index.json and configurations."""
+    torch.manual_seed(3)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=32,
+            axes_dims=[4, 2, 2],
+            axes_lens=[300, 16, 16],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(4),
+        text_encoder=Qwen3Model(encoder),
         tokenizer=tokenizer,
     )

@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "flux": tiny_pipelines.flux(),
         "schnell": tiny_pipelines.flux(guidance=False),
         "lumina2": tiny_pipelines.lumina2(),
+        "zimage": tiny_pipelines.zimage(),
     }
     for name, pipeline in pipelines.items():
         pipeline.save_pretrained(root / name)
@@ -48,12 +49,18 @@ def described(folders: dict[str, Path]) -> Callable[..., ModelPreset]:
 
 @pytest.fixture
 def make(described: Callable[..., ModelPreset]) -> Callable[..., Policy]:
-    """A policy of a kind; further arguments as in `Policy`."""
+    """A policy of a kind in this precision; further arguments as in `Policy`."""
 
-    def build(kind: str, tuning: Tuning = LORA, guidance_scale: float = 1.0, **arguments: Any) -> Policy:
+    def build(
+        kind: str,
+        tuning: Tuning = LORA,
+        guidance_scale: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> Policy:
         preset = described(kind, guidance_scale=guidance_scale)
         torch.manual_seed(2)
-        return Policy(load_pipeline(preset, CPU), preset, tuning, **arguments)
+        return Policy(load_pipeline(preset, CPU).to(dtype), preset, tuning, **arguments)
 
     return build
 

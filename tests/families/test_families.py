@@ -16,15 +16,17 @@ from flowbench.evaluation.judges import build_reward
 from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import load_pipeline
 from flowbench.models.families.flux import pack, unpack
+from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import load_split
 from flowbench.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-PROMPTS = ["a photo of a red bench", "a photo of two cats and a dog"]  # of different lengths
-families = pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2"])
-GUIDANCE = {"sd3": 4.5, "sd3.5": 4.5, "flux": 3.5, "lumina2": 4.0}
+LORA = Tuning("lora", lora_rank=4, lora_alpha=8.0)
+PROMPTS = ("a photo of a red bench", "a photo of two cats and a dog")  # of different lengths
+families = pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2", "zimage"])
+GUIDANCE = {"sd3": 4.5, "sd3.5": 4.5, "flux": 3.5, "lumina2": 4.0, "zimage": 4.0}
 
 Make = Callable[..., Policy]
 Plain = Callable[[str], Any]
@@ -32,13 +34,14 @@ Plain = Callable[[str], Any]
 
 def draw(pipeline: Any, noise: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Latents that the pipeline's own call makes of the noise, as flowbench shapes them."""
-    packed = "Flux" in type(pipeline).__name__
+    kind = type(pipeline).__name__
+    packed = kind == "FluxPipeline"
     latents = pipeline(
-        PROMPTS,
+        list(PROMPTS),  # Z-Image's pipeline writes into it
         height=SIDE,
         width=SIDE,
         num_inference_steps=3,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance_scale - 1 if kind == "ZImagePipeline" else guidance_scale,
         max_sequence_length=64,
         latents=pack(noise) if packed else noise,
         output_type="latent",
@@ -145,6 +148,21 @@ def test_the_lora_weights_that_are_saved_give_plain_diffusers_the_tuned_policys_
     assert same(policy.rollout(policy.encode(PROMPTS), noise, weights="reference").x0, base)
 
 
+@families
+def test_float32_lora_weights_train_beside_a_half_precision_base(make: Make, kind: str) -> None:
+    policy = make(kind, LORA, GUIDANCE[kind], dtype=torch.bfloat16, gradient_checkpointing=True)
+    cond = policy.encode(PROMPTS)
+    x0 = policy.rollout(cond, policy.draw_noise(2)).x0
+    noisy = policy.renoise(x0)
+    v = policy.guided_velocity(noisy.x, noisy.sigma, cond)
+    assert policy.model_dtype == torch.bfloat16
+    assert v.dtype == x0.dtype == policy.decode(x0).dtype == torch.float32
+    velocity_error(v, noisy.u).mean().backward()
+    gradients = [p.grad for p in policy.trainable_parameters()]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients)
+
+
 def test_lora_adapts_both_attentions_of_a_dual_attention_block(make: Make) -> None:
     policy = make("sd3.5")
     adapted = {name for name, _ in policy.transformer.named_parameters() if "lora_A" in name}
@@ -237,16 +255,17 @@ def test_a_hub_id_is_found_below_flowbench_weights_and_in_the_hubs_cache(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "maker").mkdir()
-    (tmp_path / "maker" / "model").symlink_to(folders["lumina2"])
-    with pytest.raises(UsageError, match=r"unknown model 'maker/model'; .*fetch it with 'hf download maker/model'"):
-        load_preset("maker/model")
+    (tmp_path / "maker" / "model-Turbo").symlink_to(folders["lumina2"])
+    with pytest.raises(UsageError, match=r"unknown model 'maker/.*fetch it with 'hf download maker/model-Turbo'"):
+        load_preset("maker/model-Turbo")
     monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(tmp_path))
-    below = load_preset("maker/model")
-    assert (below.name, below.source, below.family) == ("model", "maker/model", "lumina2")
+    below = load_preset("maker/model-Turbo")
+    assert (below.name, below.source, below.family) == ("model-Turbo", "maker/model-Turbo", "lumina2")
+    assert (below.guidance_scale, below.num_steps) == (1.0, 8)  # distilled, as its name says
     monkeypatch.delenv("FLOWBENCH_WEIGHTS")
     index = str(folders["lumina2"] / "model_index.json")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: index)
-    assert load_preset("maker/model") == below
+    assert load_preset("maker/model-Turbo") == below
 
 
 def test_a_pipeline_that_no_family_serves_is_refused_by_name(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class FamilyEntry:
     """Where a family's class is, and how a model of it is sampled when no preset says.
 
     module and cls: its file and class; pipelines: the diffusers classes that it serves, as model_index.json names them;
-    num_steps, guidance_scale, max_sequence_length: the defaults of that pipeline's own call.
+    num_steps, guidance_scale, max_sequence_length: the defaults of that pipeline's own call; a scale of 1 is none.
     """
 
     module: str
@@ -36,6 +36,9 @@ FAMILIES: dict[str, FamilyEntry] = {
     "flux": FamilyEntry("flux", "Flux", ("FluxPipeline",), guidance_scale=3.5, max_sequence_length=512),
     "lumina2": FamilyEntry(
         "lumina2", "Lumina2", ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"), num_steps=30, guidance_scale=4.0
+    ),
+    "zimage": FamilyEntry(
+        "zimage", "ZImage", ("ZImagePipeline",), num_steps=50, guidance_scale=6.0, max_sequence_length=512
     ),
     "plane": FamilyEntry("plane", "Plane"),
 }

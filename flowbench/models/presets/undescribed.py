@@ -12,7 +12,7 @@ from flowbench.models.families import FAMILIES, family_of, served_pipelines
 
 INDEX = "model_index.json"
 STEPS_IN_TRAINING = 10  # as in Flow-GRPO (2505.05470)
-STEPS_WITHOUT_GUIDANCE = 4  # of models distilled to few steps, as FLUX.1-schnell is
+STEPS_OF_DISTILLED = 8  # of models that need no guidance: FLUX.1-schnell, SD3.5-large-turbo, Z-Image-Turbo
 # The settings of the SD3 presets that do not depend on the model; see sd3.5-medium.yaml for their source.
 TRAINING: dict[str, Any] = {
     "tuning": "lora",
@@ -56,10 +56,11 @@ def described(name: str, folder: Path) -> dict[str, Any]:
         raise UsageError(f"model '{name}' is a {named}, which no family of flowbench serves; there are: {served}")
     entry = FAMILIES[family]
     transformer, vae = (_read(folder / part / "config.json") for part in ("transformer", "vae"))
-    guided = transformer.get("guidance_embeds", True)
-    num_steps = entry.num_steps if guided else STEPS_WITHOUT_GUIDANCE
+    short = Path(name).resolve().name
+    guided = transformer.get("guidance_embeds", True) and "turbo" not in short.lower()
+    num_steps = entry.num_steps if guided else STEPS_OF_DISTILLED
     return {
-        "name": Path(name).resolve().name,
+        "name": short,
         "source": str(Path(name).resolve()) if Path(name).is_dir() else name,
         "family": family,
         "licence": "unknown",
