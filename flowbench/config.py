@@ -142,6 +142,8 @@ def _without_unused(
     return {name: value for name, value in settings.items() if name not in unused or value != unused[name]}
 
 
+PRESET = "preset.yaml"  # a run's copy, beside its configuration
+
 # How users spell the sections in `--set` and in configuration files.
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorithm": None}
 
@@ -320,6 +322,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def load_run_config(path: Path) -> tuple[RunConfig, ModelPreset]:
-    """The configuration that a run folder was made with."""
+    """The configuration that a run folder was made with, and its preset: the copy beside it, if there is one."""
     config = RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return config, load_preset(config.model)
+    copy = path.with_name(PRESET)
+    return config, load_preset(str(copy) if copy.is_file() else config.model)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from flowbench.config import RunConfig
-from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.config import PRESET
+from flowbench.models.presets import ModelPreset
 from flowbench.prompts import PromptSplit, available_splits, load_split, save_split
 from flowbench.record import write_atomically
 
-PRESET, PROMPTS = "preset.yaml", "prompts"
+PROMPTS = "prompts"
 
 
 def keep_inputs(folder: Path, preset: ModelPreset, train: PromptSplit, evaluated: Sequence[PromptSplit]) -> None:
@@ -26,12 +26,6 @@ def keep_inputs(folder: Path, preset: ModelPreset, train: PromptSplit, evaluated
     save_split(train, folder / PROMPTS, with_references=False)
     for split in evaluated:
         save_split(split, folder / PROMPTS, with_references=True)
-
-
-def kept_preset(folder: Path, config: RunConfig) -> ModelPreset:
-    """The preset of a run: its copy, or for an older run folder the preset that the configuration names."""
-    path = folder / PRESET
-    return load_preset(str(path)) if path.is_file() else load_preset(config.model)
 
 
 def kept_split(folder: Path, prompt_set: str, name: str) -> PromptSplit:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from flowbench.config import EvaluationConfig, RunConfig, evaluation_config
+from flowbench.config import EvaluationConfig, RunConfig, evaluation_config, load_run_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
 from flowbench.evaluation.judges import build_judges, build_reward, reads_oracle, usable
 from flowbench.evaluation.protocol import score_split
 from flowbench.experiments.defaults import MODEL
-from flowbench.experiments.inputs import kept_preset, kept_split
+from flowbench.experiments.inputs import kept_split
 from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
 from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
@@ -101,8 +101,7 @@ def _evaluate_run(
     folder: Path, overrides: dict[str, Any], device: torch.device, progress: Progress, prompts: str | None
 ) -> Evaluation:
     """Base and tuned model of a run, with its own protocol and the judges of its record, or changed ones."""
-    policy, config = load_tuned(folder, device)
-    preset = kept_preset(folder, config)
+    config, preset = load_run_config(folder / CONFIG)
     if overrides:
         protocol = evaluation_config(preset, {**_flat(config.evaluation), **overrides}, config.reward)
         config = config.model_copy(update={"evaluation": protocol})
@@ -115,6 +114,7 @@ def _evaluate_run(
         # What is a judge by default may have changed since.
         judged = {"judges": _judges_of(folder, prompt_set, splits)}
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=judged)})
+    policy, _ = load_tuned(folder, device)
     reward = build_reward(config.reward, preset, device)
     judges = build_judges(config, reward, preset, device, splits)
     scores = compare(evaluate_pairs(policy, splits, judges, config.evaluation, progress))

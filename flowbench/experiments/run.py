@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from flowbench.algorithm import Algorithm
-from flowbench.config import EvaluationConfig, RunConfig
+from flowbench.config import EvaluationConfig, RunConfig, load_run_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, build_reward
 from flowbench.evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split
 from flowbench.evaluation.statistics import mean_ci95
-from flowbench.experiments.inputs import keep_inputs, kept_preset
+from flowbench.experiments.inputs import keep_inputs
 from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy, Tuning
@@ -274,13 +274,13 @@ def load_tuned(folder: Path, device: torch.device) -> tuple[Policy, RunConfig]:
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"'{folder}' is no run folder (it has no {CONFIG})")
-    config = RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    config, preset = load_run_config(path)
     checkpoint = folder / CHECKPOINT
     if not checkpoint.is_file():
         raise RunError(f"run '{folder}' has no checkpoint yet; continue it with --resume")
     from flowbench.training.state import load_state
 
-    policy = build_policy(config, kept_preset(folder, config), device)
+    policy = build_policy(config, preset, device)
     state = load_state(checkpoint)
     # The reference view of a run that uses "old" is not needed to sample from it.
     policy.load_state_dict({"current": state["average"] or state["policy"]["current"]})
