@@ -142,18 +142,16 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         return self.info.needs if self.cfg.states == "trajectory" else frozenset({"endpoint"})
 
     def draws(self) -> Draws:
-        if self.cfg.states == "trajectory":
-            return Draws()
-        return Draws(noises=1, sigma=True, shared=self.cfg.shared_noise)
+        fresh = self.cfg.states == "renoised"
+        return Draws(noises=int(fresh), sigma=fresh, shared=self.cfg.shared_noise)
 
     def prepare(self, rollout: Rollout) -> Batch:
         """Rows whose `advantage` is the critic's target r_s; the advantage itself depends on the state."""
         self.warming_up = rollout.iteration < self.cfg.warmup and self.cfg.critic != "none"
         shaped = self.shape(rollout)
+        batch = endpoints(rollout, shaped, copies=self.cfg.states_per_image)
         if self.cfg.states == "trajectory":
             batch = visited(rollout, shaped, self.policy.draw_integers(len(rollout.sigmas) - 1, len(rollout)))
-        else:
-            batch = endpoints(rollout, shaped, copies=self.cfg.states_per_image)
         row = torch.arange(len(batch), device=shaped.device)
         # Each copy of the images has the W2 term on other images, and each image in one of n copies.
         anchored = ((row % len(rollout) + row // len(rollout)) % self.cfg.w2_every == 0).to(shaped.dtype)
@@ -171,10 +169,10 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         metrics = explained_by_sigma(value, target, scalars["sigma"]) if "sigma" in scalars else {}
         if self.warming_up:
             return Compared(metrics=metrics)
-        advantage = target - value
-        if self.cfg.clip is not None:
-            metrics["clipped"] = (advantage.abs() > self.cfg.clip).float().mean()
-            advantage = advantage.clamp(-self.cfg.clip, self.cfg.clip)
+        advantage, bound = target - value, self.cfg.clip
+        if bound is not None:
+            metrics["clipped"] = (advantage.abs() > bound).float().mean()
+            advantage = advantage.clamp(-bound, bound)
         w = WEIGHTS[self.cfg.weight](advantage, self.cfg.tau)
         metrics["effective_sample_size"] = w.abs().sum() ** 2 / (len(w) * w.square().sum().clamp_min(1e-12))
         return Compared({"weight": w - w.mean() if self.cfg.center else w}, metrics)
