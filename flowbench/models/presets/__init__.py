@@ -115,11 +115,11 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
-    return _beside(preset, path.parent) if resolve and path.parent != FOLDER else preset
+    return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
 
 
-def _beside(preset: ModelPreset, folder: Path) -> ModelPreset:
-    """The preset with absolute paths for what it names beside its file."""
+def with_absolute_paths(preset: ModelPreset, folder: Path) -> ModelPreset:
+    """The preset with absolute paths for whatever it names that lies in this folder."""
 
     def located(value: Any) -> Any:
         if not isinstance(value, str) or not value or not os.path.exists(folder / value):
