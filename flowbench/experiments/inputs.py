@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from flowbench.config import PRESET
-from flowbench.models.presets import ModelPreset
+from flowbench.models.presets import ModelPreset, with_absolute_paths
 from flowbench.prompts import PromptSplit, available_splits, load_split, save_split
 from flowbench.record import write_atomically
 
@@ -21,7 +21,8 @@ def keep_inputs(folder: Path, preset: ModelPreset, train: PromptSplit, evaluated
 
     Paths are absolute, but reference images of evaluated prompts are copied.
     """
-    write_atomically(folder / PRESET, yaml.safe_dump(preset.model_dump(mode="json"), sort_keys=False))
+    content = with_absolute_paths(preset, Path()).model_dump(mode="json")
+    write_atomically(folder / PRESET, yaml.safe_dump(content, sort_keys=False))
     shutil.rmtree(folder / PROMPTS, ignore_errors=True)
     save_split(train, folder / PROMPTS, with_references=False)
     for split in evaluated:

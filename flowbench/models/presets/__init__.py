@@ -128,7 +128,7 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
     _check_names(preset, path)
-    return _beside(preset, path.parent) if resolve and path.parent != FOLDER else preset
+    return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
 
 
 def _check_names(preset: ModelPreset, path: Path) -> None:
@@ -141,8 +141,8 @@ def _check_names(preset: ModelPreset, path: Path) -> None:
         raise UsageError(f"model file '{path}' is like '{preset.like}', which is no built-in model{known}")
 
 
-def _beside(preset: ModelPreset, folder: Path) -> ModelPreset:
-    """The preset with absolute paths for what it names beside its file."""
+def with_absolute_paths(preset: ModelPreset, folder: Path) -> ModelPreset:
+    """The preset with absolute paths for whatever it names that lies in this folder."""
 
     def located(value: Any) -> Any:
         if not isinstance(value, str) or not value or not os.path.exists(folder / value):
