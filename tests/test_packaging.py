@@ -22,9 +22,7 @@ import flowbench
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", "venv", ".cache", "*_cache", "__pycache__", "*.pyc", "runs", "build", "dist", "*.egg-info", "work"
-)
+FOLDERS = (".ci", "algorithms", "docs", "flowbench", "leaderboard", "rewards", "tests")
 
 
 def build(kind: str, source: Path, output: Path) -> Path:
@@ -40,7 +38,12 @@ def build(kind: str, source: Path, output: Path) -> Path:
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution of this tree, unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, folder / "tree", ignore=NOT_SOURCE)
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "venv", "work")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder / "tree")
     with tarfile.open(build("sdist", folder / "tree", folder)) as archive:
         archive.extractall(folder, filter="data")
     return folder / f"flowbench-{flowbench.__version__}"
@@ -77,7 +80,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 def test_the_source_distribution_has_the_tests_and_all_that_they_read(unpacked: Path):
-    for folder in ("algorithms", "docs", "flowbench", "leaderboard", "rewards", "tests"):
+    for folder in FOLDERS[1:]:
         assert files_below(unpacked / folder) == files_below(ROOT / folder)
     for name in (".ci/run", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md", "mkdocs.yml"):
         assert (unpacked / name).is_file(), name
