@@ -35,7 +35,9 @@ class FamilyEntry:
 
 FAMILIES: dict[str, FamilyEntry] = {
     "sd3": FamilyEntry("sd3", "StableDiffusion3", ("StableDiffusion3Pipeline",), guidance_scale=7.0),
-    "flux": FamilyEntry("flux", "Flux", ("FluxPipeline",), guidance_scale=3.5, max_sequence_length=512, guided_evaluations=1),
+    "flux": FamilyEntry(
+        "flux", "Flux", ("FluxPipeline",), guidance_scale=3.5, max_sequence_length=512, guided_evaluations=1
+    ),
     "lumina2": FamilyEntry(
         "lumina2", "Lumina2", ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"), num_steps=30, guidance_scale=4.0
     ),
