@@ -17,11 +17,12 @@ from test_leaderboard import record as make_record
 
 from flowbench.errors import RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics import mean_ci95
-from flowbench.experiments.ablation import Curve, Variant, all_jobs, plan, rows, to_csv, to_markdown
+from flowbench.experiments.ablation import Variant, all_jobs, plan, rows, to_csv, to_markdown
 from flowbench.experiments.run import Listener
 from flowbench.experiments.study import Job, Outcome, StudyListener, run_jobs
 from flowbench.record import Score, find_records
 from flowbench.registry import algorithms, load_plugin_file
+from flowbench.reporting.plots import Curve
 
 Main = Callable[..., int]
 Settings = Callable[..., list[str]]
