@@ -35,6 +35,7 @@ from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Draws, Loss, Rollout, endpoints, register_algorithm
 from flowbench.models.flow import velocity_error
+from flowbench.toolkit.matching import renoised
 
 
 @register_algorithm("studied", paper="none", needs={"endpoint"})
@@ -46,6 +47,9 @@ class Studied(Algorithm["Studied.Config"]):
         broken: bool = Field(False, description="whether the loss becomes infinite in the second iteration")
 
     ablations = ({"scale": 0.5}, {"broken": True}, {"scale": 1.0})
+
+    def draws(self):
+        return Draws(noises=1, sigma=True)
 
     def prepare(self, rollout: Rollout) -> Batch:
         self.iteration = rollout.iteration
