@@ -415,7 +415,7 @@ def test_the_hooks_are_called_after_each_update_and_after_each_iteration(
     tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer
 ):
     trainer = make_trainer(tiny_config("orw-cfm-w2"), tmp_path)  # two iterations of 16 rows, in minibatches of 8
-    trainer.algorithm = Counting(trainer.algorithm.cfg)
+    train_with(trainer, Counting(trainer.algorithm.cfg))
     trainer.algorithm.setup(trainer.policy)
     trainer.run()
     assert trainer.algorithm.calls == ["prepare", "update", "update", "iteration"] * 2

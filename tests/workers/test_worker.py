@@ -271,7 +271,7 @@ def test_the_command_trains_through_a_worker_and_records_its_packages(
     ("arguments", "error", "complaint"),
     [
         ({"gain": -1.0}, RunError, r"reward 'ruled' failed in its worker: gain must not be negative; give another"),
-        ({"gian": 1.0}, UsageError, r"reward 'ruled' for model 'mini-sd3': .*unexpected keyword argument 'gian'"),
+        ({"gian": 1.0}, UsageError, r"reward 'ruled' for model 'tiny': .*unexpected keyword argument 'gian'"),
     ],
 )
 def test_what_hinders_loading_is_one_line(
