@@ -13,10 +13,10 @@ MOST_CELLS = 64  # per axis: the code's latents of Stable Diffusion 1.5
 class StepValue(nn.Module):
     """Predicts the terminal reward from a sampler's state: three layers whose outputs have a gain for each step.
 
-    DPOK's value network (google-research/dpok, commit 1d49f2c0, reward_model.py, ValueMulti: width 256). Latents of more
-    than 64 cells along an axis are averaged down to 64; the text is normalised; V starts from 0, so that an untrained
-    value leaves the reward as it is. Inputs x (R, C, h, w), text summary (R, D), step (R,) whole numbers from 0 to
-    steps - 1 in any dtype; output (R,).
+    DPOK's value network (google-research/google-research, commit 1d49f2c0, dpok/reward_model.py, ValueMulti of width
+    256). Larger latents than 64 by 64 are averaged down to that; the text is normalised; V starts from 0, so that an
+    untrained value leaves the reward as it is. Inputs x (R, C, h, w), text summary (R, D), and step (R,), whole numbers
+    from 0 to steps - 1 in any dtype; output (R,).
     """
 
     def __init__(self, latent_shape: tuple[int, int, int], text_width: int, steps: int, width: int = 256) -> None:
