@@ -1,22 +1,30 @@
 """DDPO: policy gradient over the sampler's steps with importance ratios (arXiv:2305.13301, DDPO-IS, eq. 4).
 
+    A    = (r - mean) / (deviation + 1e-6)    of the prompt's latest rewards, or of the iteration while those are few
     rho  = p_theta(x' | x, sigma, c) / p_old(x' | x, sigma, c)
     loss = max(-A rho, -A clip(rho, 1 - eps, 1 + eps))
 
-Deviations from the paper and its reference code (kvablack/ddpo-pytorch):
+The reference code is kvablack/ddpo-pytorch, commit 1958463f. As there:
+- A prompt's rewards are kept over the whole run in a buffer (stat_tracking.py; sizes of config/dgx.py, `aesthetic`).
+- The ratio uses log-probabilities averaged over latent dimensions, hence its small clip range (config/base.py).
+
+Deviations from the paper and that code:
 1. The stochastic sampler is Flow-SDE (2505.05470) instead of DDIM with eta 1, since the model is a flow.
-2. Rewards are normalised by the mean of the prompt's images in the same iteration and the standard deviation of the
-   whole iteration; the reference keeps a running buffer per prompt, which small budgets never fill.
-3. As the reference does, the ratio uses log-probabilities averaged over latent dimensions, hence its small clip range.
-4. `steps_per_image` sampler steps per image are drawn for the update; the reference's `timestep_fraction`.
+2. `steps_per_image` sampler steps per image are drawn for the update; the code's `timestep_fraction` takes random steps
+   too, and all of them by default.
+3. A minibatch holds random transitions; the code's holds the transitions of a few images.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from flowbench.algorithm import Batch, Loss, register_algorithm
+import torch
+from pydantic import Field
+
+from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
 from flowbench.models.policy import Policy
+from flowbench.toolkit.advantages import PromptBuffer
 from flowbench.toolkit.policy_gradient import (
     STEP_DEFAULTS,
     STEP_SEARCH_SPACE,
@@ -31,13 +39,27 @@ class Ddpo(StepPolicyGradient["Ddpo.Config"]):
     """Denoising diffusion policy optimisation: a clipped policy gradient over the sampler's steps."""
 
     class Config(StepConfig):
-        """Clip ranges as in the reference code."""
+        buffer_size: int = Field(32, ge=1, description="rewards kept of each prompt; reference code, `aesthetic`")
+        min_count: int = Field(16, ge=1, description="rewards that a prompt is judged by its own from; reference code")
 
     cfg: Config
     defaults: ClassVar = STEP_DEFAULTS
     search_space: ClassVar = STEP_SEARCH_SPACE
 
+    def setup(self, policy: Policy) -> None:
+        super().setup(policy)
+        self.buffer = PromptBuffer(self.cfg.buffer_size, self.cfg.min_count)
+
+    def advantages(self, rollout: Rollout) -> torch.Tensor:
+        return self.buffer.advantages(rollout, self.cfg.advantage_clip)
+
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         _, log_ratio = self.replay(policy, batch)
         surrogate, metrics = clipped_surrogate(batch.advantage, log_ratio, self.cfg.clip_range)
         return Loss(surrogate, metrics=metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rewards": self.buffer.rewards}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.buffer.rewards = {prompt: list(kept) for prompt, kept in state["rewards"].items()}

@@ -1,19 +1,24 @@
 """Flow-GRPO: group relative policy optimisation with a stochastic flow sampler (arXiv:2505.05470).
 
-    A    = (r - mean of the prompt's images) / std
+    A    = (r - mean of the prompt's images) / (std + 1e-4)
     rho  = p_theta(x' | x, sigma, c) / p_old(x' | x, sigma, c)
-    KL   = mean_d (mu - mu_ref)^2 / (2 std^2 |d|),    d = sigma' - sigma
+    KL   = mean_d (mu - mu_ref)^2 / (2 std^2),    std the sampler's diffusion coefficient
     loss = max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + beta KL
 
-Defaults are those of the reference code (yifan123/flow_grpo, general_ocr_sd3 and geneval_sd3).
+The reference code is yifan123/flow_grpo, commit ac4c86e8; defaults are those of config/grpo.py, general_ocr_sd3 and
+geneval_sd3. As there:
+- The standard deviation is that of the whole iteration (`global_std`); false gives the paper's, of the prompt's images.
+  Deviations are the population's (flow_grpo/stat_tracking.py).
+- Images of zero advantage are not trained on (scripts/train_sd3.py), where others have one.
+- Ratio and KL are means over latent dimensions, hence the small clip range.
+- The KL of a Flow-SDE step lacks the division by |d|, d = sigma' - sigma, that the exact KL has: it is smaller by that
+  factor, 0.1 on average with 10 steps, and the published beta belongs to it. `kl_over_step=true` gives the paper's.
+  With `training.sampler=cps` it is mean_d (mu - mu_ref)^2, as in Flow-CPS, and with dance-sde the exact KL, either way.
 
 Deviations from the paper and that code:
-1. The standard deviation is that of the whole iteration, as in the code's SD3 runs (`global_std`); the paper's is that
-   of the prompt's images.
-2. As in the code, ratio and KL are means over latent dimensions, hence the small clip range.
-3. The code omits |d| from the KL, which is then smaller by that factor: 0.1 on average with 10 steps. The KL here is
-   the paper's and the exact one; `kl_over_step=false` gives the code's, to which its published beta belongs.
-4. All steps are trained on; the code leaves out the last one (`timestep_fraction` 0.99).
+1. All steps are trained on; the code leaves out the last one (`timestep_fraction` 0.99). `training.sde_window` leaves
+   it out too.
+2. The code keeps as many images of zero advantage as fill its last batch; here none, unless all are of zero advantage.
 MixGRPO (2507.21802) is this algorithm with `training.sde_window`: stochastic steps, and the loss, in that window only.
 """
 
@@ -21,10 +26,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Defaults, LogUniform, Loss, register_algorithm
+from flowbench.algorithm import Batch, Defaults, LogUniform, Loss, Rollout, register_algorithm
 from flowbench.models.policy import Policy
+from flowbench.toolkit.advantages import group_advantages
 from flowbench.toolkit.policy_gradient import (
     STEP_DEFAULTS,
     STEP_SEARCH_SPACE,
@@ -41,7 +48,10 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
     class Config(StepConfig):
         beta: float = Field(0.04, ge=0, description="weight of the KL; reference code (0.01 for PickScore)")
         kl_over_step: bool = Field(
-            True, description="the paper's exact KL; false omits |d|, as the reference code does"
+            False, description="the paper's exact KL of Flow-SDE; false omits 1 / |d|, as the reference code does"
+        )
+        global_std: bool = Field(
+            True, description="advantages over the iteration's deviation, as the code's SD3 runs; false is the prompt's"
         )
 
     cfg: Config
@@ -61,6 +71,15 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
         "algorithm.beta": LogUniform(0.004, 0.4),  # 0.04: reference code (0.01 for PickScore)
     }
 
+    def advantages(self, rollout: Rollout) -> torch.Tensor:
+        return group_advantages(rollout, self.cfg.global_std, self.cfg.advantage_clip)
+
+    def prepare(self, rollout: Rollout) -> Batch:
+        """Transitions of the images whose advantage is not zero."""
+        batch = super().prepare(rollout)
+        rows = batch.advantage.nonzero()[:, 0]
+        return batch.select(rows) if len(rows) else batch
+
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         step, log_ratio = self.replay(policy, batch)
         loss, metrics = clipped_surrogate(batch.advantage, log_ratio, self.cfg.clip_range)
@@ -68,6 +87,6 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
             kl = self.divergence(policy, batch, step) / batch.x0[0].numel()
             if not self.cfg.kl_over_step:
                 taken = batch.transition()
-                kl = kl * (taken.sigma - taken.sigma_next)
+                kl = kl * policy.sampler.code_factor(taken.sigma, taken.sigma_next)
             loss, metrics["kl"] = loss + self.cfg.beta * kl, kl
         return Loss(loss, metrics=metrics)

@@ -81,18 +81,71 @@ def dance_sde_step(x: torch.Tensor, v: torch.Tensor, sigma: Sigma, sigma_next: S
     return Step(mean, eta * torch.sqrt(-d))
 
 
+def gaussian_log_prob(x: torch.Tensor, step: Step) -> torch.Tensor:
+    """log N(x; mean, std^2 I), summed over latent dimensions, (B,)."""
+    std = step.std.expand_as(x)
+    log_density = -0.5 * ((x - step.mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).sum(1)
+
+
+def gaussian_kl(step: Step, reference: Step) -> torch.Tensor:
+    """KL between two steps of equal standard deviation, summed over latent dimensions, (B,)."""
+    return ((step.mean - reference.mean) / reference.std).square().flatten(1).sum(1) / 2
+
+
+def negative_squared_distance(x: torch.Tensor, step: Step) -> torch.Tensor:
+    """-|x - mean|^2, summed over latent dimensions, (B,); infinite where the step has no noise.
+
+    Flow-CPS's log-probability (IamCreateAI/FlowCPS, commit 814c3597, sd3_sde_with_logprob.py; the same in
+    yifan123/flow_grpo and X-GenGroup/Flow-Factory): N's with its constants left out, 1 / (2 std^2) among them, so that
+    steps count alike however little noise they have.
+    """
+    noisy = step.std.expand_as(x).flatten(1)[:, 0] > 0
+    return torch.where(noisy, -(x - step.mean).square().flatten(1).sum(1), torch.inf)
+
+
+def squared_distance(step: Step, reference: Step) -> torch.Tensor:
+    """|mean - mean_ref|^2 of two steps, summed over latent dimensions, (B,).
+
+    Flow-CPS's divergence (IamCreateAI/FlowCPS, commit 814c3597, scripts/train_sd3.py): without 1 / (2 std^2), as its
+    log-probability.
+    """
+    return (step.mean - reference.mean).square().flatten(1).sum(1)
+
+
+def unchanged(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """1 for each step, (B,)."""
+    return torch.ones_like(sigma)
+
+
+def step_size(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """|d| of each step, (B,)."""
+    return sigma - sigma_next
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by name; `has_log_prob` tells whether its steps have a density."""
+    """A sampler: its step, and what its reference implementation says of how likely steps are.
+
+    step: x, v (B, ...), sigma, sigma_next and the noise level eta to a `Step`. has_log_prob: whether its steps are
+    drawn, so that the others mean something. log_prob: of a next state under a step, (B,), infinite for a step without
+    noise; what does not depend on v may be left out, since it cancels in ratios. divergence: of a step from the
+    reference model's, (B,). code_factor: sigma and sigma_next (B,) to what its code's KL is of that divergence, (B,).
+    """
 
     step: Callable[[torch.Tensor, torch.Tensor, Sigma, Sigma, float], Step]
     has_log_prob: bool
+    log_prob: Callable[[torch.Tensor, Step], torch.Tensor] = gaussian_log_prob
+    divergence: Callable[[Step, Step], torch.Tensor] = gaussian_kl
+    code_factor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = unchanged
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ode": Sampler(ode_step, has_log_prob=False),
-    "flow-sde": Sampler(flow_sde_step, has_log_prob=True),
-    "cps": Sampler(cps_step, has_log_prob=True),
+    # Its code divides by the square of the diffusion coefficient instead of the step's variance, which is |d| as large
+    # (yifan123/flow_grpo, commit ac4c86e8, scripts/train_sd3.py).
+    "flow-sde": Sampler(flow_sde_step, has_log_prob=True, code_factor=step_size),
+    "cps": Sampler(cps_step, has_log_prob=True, log_prob=negative_squared_distance, divergence=squared_distance),
     "dance-sde": Sampler(dance_sde_step, has_log_prob=True),
 }
 
@@ -105,15 +158,3 @@ def get_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise UsageError(f"unknown sampler '{name}'{did_you_mean(name, SAMPLERS)}")
     return SAMPLERS[name]
-
-
-def gaussian_log_prob(x: torch.Tensor, step: Step) -> torch.Tensor:
-    """log N(x; mean, std^2 I), summed over latent dimensions, (B,)."""
-    std = step.std.expand_as(x)
-    log_density = -0.5 * ((x - step.mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
-    return log_density.flatten(1).sum(1)
-
-
-def gaussian_kl(step: Step, reference: Step) -> torch.Tensor:
-    """KL between two steps of equal standard deviation, summed over latent dimensions, (B,)."""
-    return ((step.mean - reference.mean) / reference.std).square().flatten(1).sum(1) / 2

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from flowbench.errors import UsageError
-from flowbench.models.flow import SAMPLERS, Sampler, Step, gaussian_log_prob
+from flowbench.models.flow import SAMPLERS, Sampler, Step
 from flowbench.models.presets import ModelPreset
 from flowbench.rollout import Conditioning
 
@@ -97,7 +97,7 @@ class Sampling(ABC):
             x = step.mean
             if chosen.has_log_prob:
                 x = step.mean + step.std * self._randn(x.shape)
-                path.log_probs.append(gaussian_log_prob(x, step))
+                path.log_probs.append(chosen.log_prob(x, step))
             elif sampler.has_log_prob:
                 path.log_probs.append(torch.full((len(x),), torch.inf, device=x.device))
             path.move(x, step)

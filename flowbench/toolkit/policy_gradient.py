@@ -2,7 +2,7 @@
 
 A sampler's step is an action of a Markov decision process with a Gaussian density; the reward comes at the end (DDPO,
 2305.13301, section 4). Ratios and divergences are means over latent dimensions, as in the reference implementations,
-hence the small clip ranges.
+hence the small clip ranges. How likely a step is, and how far it is from the reference's, the sampler says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from flowbench.algorithm import COMMON_SEARCH_SPACE, Algorithm, AlgorithmConfig, Defaults, Dimension, LogUniform
-from flowbench.models.flow import Step, gaussian_kl, gaussian_log_prob
+from flowbench.models.flow import Step
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Rollout, transitions
 from flowbench.toolkit.defaults import MINI_SD3_LORA
@@ -68,11 +68,15 @@ def clipped_surrogate(
 
 
 class StepPolicyGradient(Algorithm[S]):
-    """Base class: rows are transitions of a stochastic sampler. Subclasses define the loss."""
+    """Base class: rows are transitions of a stochastic sampler. Subclasses define the loss, and mostly `advantages`."""
+
+    def advantages(self, rollout: Rollout) -> torch.Tensor:
+        """The advantage of each image, (B,): by the iteration's deviation from the prompt's mean, clipped."""
+        return rollout.normalized_advantage(self.cfg.advantage_clip)
 
     def prepare(self, rollout: Rollout) -> Batch:
-        """Transitions with the normalised and clipped advantage of their image, all of them or a random share."""
-        batch = transitions(rollout, rollout.normalized_advantage(self.cfg.advantage_clip))
+        """Transitions with the advantage of their image, all of them or a random share."""
+        batch = transitions(rollout, self.advantages(rollout))
         steps = len(batch) // len(rollout)
         if self.cfg.steps_per_image is None or self.cfg.steps_per_image >= steps:
             return batch
@@ -84,10 +88,13 @@ class StepPolicyGradient(Algorithm[S]):
         """The policy's Gaussian where each row's step was taken, and log rho averaged over latent dimensions, (R,)."""
         taken = batch.transition()
         step = policy.transition(taken.x, taken.sigma, taken.sigma_next, batch.cond)
-        return step, (gaussian_log_prob(taken.x_next, step) - taken.log_prob_old) / batch.x0[0].numel()
+        return step, (policy.sampler.log_prob(taken.x_next, step) - taken.log_prob_old) / batch.x0[0].numel()
 
     def divergence(self, policy: Policy, batch: Batch, step: Step) -> torch.Tensor:
-        """KL from the reference's Gaussian to the policy's `step`, exact, summed over latent dimensions, (R,)."""
+        """How far the policy's `step` is from the reference's, summed over latent dimensions, (R,).
+
+        The sampler's divergence: the exact KL of the two Gaussians for all but "cps".
+        """
         taken = batch.transition()
         reference = policy.transition(taken.x, taken.sigma, taken.sigma_next, batch.cond, weights="reference")
-        return gaussian_kl(step, reference)
+        return policy.sampler.divergence(step, reference)

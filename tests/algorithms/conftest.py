@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowbench.models.flow import Step, gaussian_log_prob
+from flowbench.models.flow import SAMPLERS, Step, gaussian_log_prob
 from flowbench.rollout import Batch, Conditioning, Rollout
 
 
@@ -58,12 +58,18 @@ class OneState:
 class OneStep:
     """A sampler of one step: N(mean, std^2 I), whose mean (D,) is the parameter; `reference` is where it started."""
 
+    sampler = SAMPLERS["flow-sde"]
+    latent_shape, text_width, num_steps = (1, 1, 3), 1, 1
+
     def __init__(self, mean: torch.Tensor, reference: torch.Tensor, std: float) -> None:
         self.mean, self.reference, self.std = mean, reference, torch.tensor(std, dtype=mean.dtype)
 
     def transition(self, x: torch.Tensor, sigma: Any, sigma_next: Any, cond: Any, weights: str = "current") -> Step:
         mean = self.mean if weights == "current" else self.reference
         return Step(mean.expand_as(x), self.std)
+
+    def text_summary(self, cond: Conditioning) -> torch.Tensor:
+        return torch.zeros(len(cond), 1)
 
     def rollout(self, noise: torch.Tensor, gain: torch.Tensor) -> Rollout:
         """Images mean + std noise (n, 1, 1, D), with the linear reward gain . x0."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from flowbench.algorithms.ddpo import Ddpo
 from flowbench.models.flow import SAMPLERS, Step, flow_sde_step, gaussian_log_prob
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Conditioning, Rollout
+from flowbench.training.state import load_state, save_state
 
 WIDE = {"clip_range": 0.5}
 
@@ -44,16 +47,42 @@ def test_the_log_prob_of_a_rollout_is_that_of_its_transitions(rollout: tuple[Pol
         assert torch.allclose(r.log_prob[:, k], expected.sum((1, 2, 3)), rtol=1e-4)
 
 
-def test_advantages_are_normalised_within_the_prompt_and_clipped(rollout: tuple[Policy, Rollout]):
+def test_while_a_prompts_buffer_is_short_its_images_are_compared_with_the_whole_iteration(
+    rollout: tuple[Policy, Rollout],
+):
     policy, r = rollout
     algorithm = Ddpo(Ddpo.Config(advantage_clip=1.0))
     algorithm.setup(policy)
     batch = algorithm.prepare(r)
-    centered = r.reward - torch.tensor([1.3 / 3] * 3 + [2.0 / 3] * 3)
-    expected = (centered / r.reward.std()).clamp(-1, 1)
+    expected = ((r.reward - r.reward.mean()) / r.reward.std(correction=0)).clamp(-1, 1)
     assert len(batch) == 24
     assert torch.allclose(batch.advantage.view(6, 4), expected[:, None].expand(6, 4), atol=1e-5)
     assert batch.advantage.max() == 1.0
+
+
+def test_once_a_prompts_buffer_is_long_enough_its_images_are_compared_with_it(rollout: tuple[Policy, Rollout]):
+    """Worked out by hand: a buffer of 4 holds the last reward of the first iteration and the three of the second."""
+    policy, r = rollout
+    algorithm = Ddpo(Ddpo.Config(buffer_size=4, min_count=4))
+    algorithm.setup(policy)
+    algorithm.prepare(r)
+    again = replace(r, reward=torch.tensor([0.7, 0.5, 0.5, 5.0, 5.0, 5.0]))
+    a = algorithm.prepare(again).advantage.view(6, 4)[:, 0]
+    # 0.3, 0.7, 0.5, 0.5: mean 0.5, deviation sqrt(0.02); 5, 5, 5, 5: no deviation at all
+    assert a.tolist() == pytest.approx([2**0.5, 0.0, 0.0, 0.0, 0.0, 0.0], abs=1e-4)
+    assert algorithm.state_dict()["rewards"]["a red circle"] == pytest.approx([0.3, 0.7, 0.5, 0.5])
+
+
+def test_its_buffers_are_part_of_the_checkpoint(rollout: tuple[Policy, Rollout], tmp_path: Path):
+    policy, r = rollout
+    first, second = (Ddpo(Ddpo.Config(min_count=4)) for _ in range(2))
+    first.setup(policy)
+    second.setup(policy)
+    first.prepare(r)
+    save_state(tmp_path / "state.safetensors", first.state_dict())
+    second.load_state_dict(load_state(tmp_path / "state.safetensors"))
+    again = replace(r, reward=r.reward.flip(0))
+    assert torch.equal(first.prepare(again).advantage, second.prepare(again).advantage)
 
 
 def test_its_gradient_at_ratio_one_is_that_of_reinforce(rollout: tuple[Policy, Rollout]):
@@ -78,7 +107,7 @@ def test_its_gradient_at_ratio_one_is_that_of_reinforce(rollout: tuple[Policy, R
 class LinearPolicy:
     """One-dimensional flow v = 0.3 x + theta, sampled by Flow-SDE."""
 
-    eta = 0.7
+    eta, sampler = 0.7, SAMPLERS["flow-sde"]
 
     def __init__(self, theta: float) -> None:
         self.theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
@@ -112,10 +141,10 @@ def test_its_expected_gradient_is_that_of_the_samplers_expected_reward():
 
     policy = LinearPolicy(0.2)
     rollout = policy.rollout(noise)
-    algorithm = Ddpo(Ddpo.Config(advantage_clip=1e9, **WIDE))
+    algorithm = Ddpo(Ddpo.Config(advantage_clip=1e9, buffer_size=n, **WIDE))
     algorithm.setup(policy)
     loss = algorithm.loss(policy, algorithm.prepare(rollout)).policy
-    estimate = -steps * torch.autograd.grad(loss.mean(), policy.theta)[0].item() * (rollout.reward.std() + 1e-6).item()
+    estimate = -steps * torch.autograd.grad(loss.mean(), policy.theta)[0].item() * rollout.reward.std().item()
     assert abs(exact) > 0.3
     assert estimate == pytest.approx(exact, rel=0.03)
 
@@ -143,7 +172,7 @@ def test_clipping_stops_the_gradient_exactly_where_the_formula_says(advantage: f
     std = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     new = torch.distributions.Normal(mean, 1.0).log_prob(x_next).sum().detach()
     old = new - 4 * torch.log(torch.tensor(rho, dtype=torch.float64))  # the ratio's log is a mean over 4 dimensions
-    policy: Any = SimpleNamespace(transition=lambda *_: Step(mean, std))
+    policy: Any = SimpleNamespace(transition=lambda *_: Step(mean, std), sampler=SAMPLERS["flow-sde"])
     row = torch.zeros(1, dtype=torch.float64)
     a = torch.tensor([advantage], dtype=torch.float64)
     batch = Batch(("p",), conditioning(1), x_next, a, x_next, x_next, row, row, old.view(1))

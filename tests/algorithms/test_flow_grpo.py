@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from flowbench.algorithms.flow_grpo import FlowGrpo
-from flowbench.models.flow import Step, flow_sde_step, gaussian_log_prob
+from flowbench.models.flow import SAMPLERS, Step, flow_sde_step, gaussian_log_prob
 from flowbench.rollout import Rollout, transitions
 
 ETA = 0.7
@@ -16,6 +17,8 @@ ETA = 0.7
 
 class ScalarFlow:
     """v = theta x + 0.2 on independent dimensions, sampled by Flow-SDE; the reference has theta = 0.3."""
+
+    sampler = SAMPLERS["flow-sde"]
 
     def __init__(self, theta: float) -> None:
         self.theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
@@ -63,7 +66,7 @@ def test_its_kl_is_the_papers_closed_form_in_the_velocity(toys: Any, draw: Any, 
 def test_its_kl_is_that_of_torchs_normals_per_dimension(toys: Any, draw: Any):
     policy = ScalarFlow(0.5)
     batch = transitions(policy.rollout(draw(5, 3, 1, 1, 2), toys), torch.zeros(3, dtype=torch.float64))
-    loss = FlowGrpo(FlowGrpo.Config(beta=1.0)).loss(policy, batch).policy
+    loss = FlowGrpo(FlowGrpo.Config(beta=1.0, kl_over_step=True)).loss(policy, batch).policy
     taken = batch.transition()
     p, q = (
         torch.distributions.Normal(step.mean, step.std.expand_as(step.mean))
@@ -91,7 +94,7 @@ def test_at_ratio_one_its_expected_gradient_is_that_of_the_samplers_expected_rew
     algorithm = FlowGrpo(FlowGrpo.Config(beta=0.0, advantage_clip=1e9, clip_range=0.5))
     algorithm.setup(SimpleNamespace())
     loss = algorithm.loss(policy, algorithm.prepare(rollout)).policy.mean()
-    scale = steps * dimensions * (rollout.reward.std() + 1e-6).item()
+    scale = steps * dimensions * (rollout.reward.std(correction=0) + 1e-4).item()
     estimate = -scale * torch.autograd.grad(loss, policy.theta)[0].item()
     assert abs(exact) > 0.3
     assert estimate == pytest.approx(exact, rel=0.04)
@@ -108,3 +111,34 @@ def test_with_a_window_its_gradient_is_that_of_the_windows_steps_alone(toys: Any
     assert len(batch) == 6
     assert set(batch.transition().sigma.tolist()) == {0.75, 0.5}
     assert torch.equal(batch.transition().x, rollout.states[:, 1:3].flatten(0, 1))
+
+
+REWARD, GROUP = torch.tensor([0.0, 2.0, 10.0, 20.0]), torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(("global_std", "std"), [(True, [7.8740] * 4), (False, [1.0, 1.0, 5.0, 5.0])])
+def test_advantages_are_over_the_deviation_of_all_images_or_of_the_prompts(
+    toys: Any, draw: Any, global_std: bool, std: list[float]
+):
+    """Deviations worked out by hand, of the population: 62 is the variance of 0, 2, 10, 20."""
+    rollout = replace(ScalarFlow(0.5).rollout(draw(5, 4, 1, 1, 2), toys, group=GROUP), reward=REWARD)
+    advantage = FlowGrpo(FlowGrpo.Config(global_std=global_std)).advantages(rollout)
+    expected = [a / (s + 1e-4) for a, s in zip([-1.0, 1.0, -5.0, 5.0], std, strict=True)]
+    assert advantage.tolist() == pytest.approx(expected, rel=1e-4)
+    bounded = FlowGrpo(FlowGrpo.Config(global_std=global_std, advantage_clip=0.25)).advantages(rollout)
+    assert bounded.abs().max() == 0.25
+
+
+def test_images_of_zero_advantage_are_not_trained_on(toys: Any, draw: Any):
+    """Seven equal rewards that floats cannot hold exactly have an advantage of exactly 0."""
+    policy, group = ScalarFlow(0.5), torch.tensor([0] * 7 + [1] * 2)
+    rollout = replace(
+        policy.rollout(draw(5, 9, 1, 1, 2), toys, group=group), reward=torch.tensor([0.1] * 7 + [0.3, 0.7])
+    )
+    algorithm = FlowGrpo(FlowGrpo.Config())
+    algorithm.setup(SimpleNamespace())
+    batch = algorithm.prepare(rollout)
+    assert torch.equal(batch.x0[::4], rollout.x0[7:])
+    assert len(batch) == 8
+    alike = algorithm.prepare(replace(rollout, reward=(group + 0.1)))
+    assert len(alike) == 36  # with nothing to learn from, only the KL

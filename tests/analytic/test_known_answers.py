@@ -217,7 +217,7 @@ def test_ddpos_gradient_at_ratio_one_is_that_of_the_stochastic_samplers_expected
         6,
     )
     parameters, cond = policy.trainable_parameters(), policy.encode(["p"] * n)
-    algorithm = Ddpo(Ddpo.Config(clip_range=0.5, advantage_clip=1e9))
+    algorithm = Ddpo(Ddpo.Config(clip_range=0.5, advantage_clip=1e9, buffer_size=n))
     algorithm.setup(policy)
 
     def sample(seed: int) -> Rollout:
@@ -232,7 +232,7 @@ def test_ddpos_gradient_at_ratio_one_is_that_of_the_stochastic_samplers_expected
     for seed in range(16):
         rollout = sample(seed)
         loss = minibatch_loss(algorithm, policy, algorithm.prepare(rollout)).policy.mean()
-        scale = -steps * rollout.reward.std().item() * 2
+        scale = -steps * rollout.reward.std(correction=0).item() * 2
         estimates.append(scale * flat(torch.autograd.grad(loss, parameters)))
     stacked = torch.stack(estimates)
     error = stacked.std(0) / math.sqrt(len(stacked))
