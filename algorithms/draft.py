@@ -69,7 +69,8 @@ class Draft(Algorithm["Draft.Config"]):
 
     def draws(self) -> Draws:
         """The noise of LV's state, then that of a stochastic sampler's steps."""
-        return Draws(noises=bool(self.cfg.noises) + self.cfg.steps * self.policy.sampler.has_log_prob)
+        noises = bool(self.cfg.noises) + self.cfg.steps * self.policy.sampler.has_log_prob
+        return Draws(noises=noises, fixed=True)
 
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per image, at its state K steps before the end; for LV one per image and draw of noise."""
