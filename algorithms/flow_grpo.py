@@ -13,7 +13,8 @@ Deviations from the paper and that code:
 2. As in the code, ratio and KL are means over latent dimensions, hence the small clip range.
 3. The code omits |d| from the KL, which is then smaller by that factor: 0.1 on average with 10 steps. The KL here is
    the paper's and the exact one; `kl_over_step=false` gives the code's, to which its published beta belongs.
-4. All steps are trained on; the code leaves out the last one (`timestep_fraction` 0.99).
+4. The code leaves out the last sampler step (`timestep_fraction` 0.99), here it is left out where it changes nothing:
+   on the schedulers' own grids (docs/sampling.md).
 MixGRPO (2507.21802) is this algorithm with `training.sde_window`: stochastic steps, and the loss, in that window only.
 """
 
@@ -50,7 +51,7 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
         # yifan123/flow_grpo, config/grpo.py, geneval_sd3 and general_ocr_sd3 (pickscore_sd3 has beta 0.01).
         "sd3.5-medium": Defaults(
             {
-                "minibatch": 5760,  # two optimizer steps per iteration
+                "minibatch": 5184,  # two optimizer steps per iteration, of nine of the ten sampler steps
                 "ema": 0.987,  # 0.9 every 8 optimizer steps
             },
             {"beta": 0.04, "kl_over_step": False, "clip_range": 1e-4, "advantage_clip": 5.0},

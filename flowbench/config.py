@@ -31,8 +31,10 @@ class TrainingConfig(_Section):
     """What the one loop does, whatever the algorithm."""
 
     added_later: ClassVar = frozenset(
-        ["anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"]
-        + ["sde_window_stay", "shared_noise"]
+        (
+            *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
+            *("sde_window_stay", "shared_noise"),
+        )
     )
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")

@@ -25,9 +25,10 @@ class Policy(Sampling):
     """A pipeline whose transformer is being tuned; the preset's family knows how to use it.
 
     Weight views: "current" is trained, "reference" is the model before tuning; "old" (behaviour policy) and "average"
-    (slow average) exist for algorithms that ask for them, "anchor" for `training.anchor_decay`. With LoRA a view is an adapter state of one module; with full
-    tuning it is a frozen copy. `generator` supplies all randomness of `rollout` and of the draws; the trainer sets it.
-    `num_steps` and `guidance_scale` are those of training; None means the preset's.
+    (slow average) exist for algorithms that ask for them, "anchor" where `training.anchor_decay` does. With LoRA a view
+    is an adapter state of one module; with full tuning it is a frozen copy. `generator` supplies all randomness of
+    `rollout` and of the draws; the trainer sets it. `num_steps` and `guidance_scale` are those of training; None means
+    the preset's.
     """
 
     def __init__(
