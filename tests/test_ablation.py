@@ -17,11 +17,12 @@ from test_leaderboard import record as make_record
 
 from flowbench.errors import RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics import mean_ci95
-from flowbench.experiments.ablation import Curve, Variant, all_jobs, plan, rows, to_csv, to_markdown
+from flowbench.experiments.ablation import Variant, all_jobs, plan, rows, to_csv, to_markdown
 from flowbench.experiments.run import Listener
 from flowbench.experiments.study import Job, Outcome, StudyListener, run_jobs
 from flowbench.record import Score, find_records
 from flowbench.registry import algorithms, load_plugin_file
+from flowbench.reporting.plots import Curve
 
 Main = Callable[..., int]
 Settings = Callable[..., list[str]]
@@ -34,6 +35,7 @@ from pydantic import Field
 
 from flowbench.algorithm import Algorithm, AlgorithmConfig, Batch, Draws, Loss, Rollout, endpoints, register_algorithm
 from flowbench.models.flow import velocity_error
+from flowbench.toolkit.matching import renoised
 
 
 @register_algorithm("studied", paper="none", needs={"endpoint"})
@@ -45,6 +47,9 @@ class Studied(Algorithm["Studied.Config"]):
         broken: bool = Field(False, description="whether the loss becomes infinite in the second iteration")
 
     ablations = ({"scale": 0.5}, {"broken": True}, {"scale": 1.0})
+
+    def draws(self):
+        return Draws(noises=1, sigma=True)
 
     def prepare(self, rollout: Rollout) -> Batch:
         self.iteration = rollout.iteration

@@ -72,7 +72,7 @@ def test_a_sum_has_one_spelling_that_reads_back(text: str, spelling: str):
     ],
 )
 def test_a_colon_before_a_port_is_no_weight(text: str, name: str, weight: float):
-    from flowbench.scoring.combination import _term
+    from flowbench.terms import _term
 
     assert _term(text, text) == Term(name, weight)
 

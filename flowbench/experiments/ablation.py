@@ -18,7 +18,7 @@ from flowbench.experiments.study import Job, Outcome, make_job, spell
 from flowbench.record import Record, read_metrics
 from flowbench.registry import algorithms
 from flowbench.reporting.leaderboard import Cell, markdown_table, over_seeds
-from flowbench.reporting.plots import TRUTH
+from flowbench.reporting.plots import TRUTH, Curve
 from flowbench.terms import parse_reward, path_name
 from flowbench.training.checkpoint import METRICS
 
@@ -68,23 +68,6 @@ def all_jobs(variants: Sequence[Variant]) -> list[Job]:
         for job in same_seed:
             jobs.setdefault(job.folder, job)
     return list(jobs.values())
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One logged quantity of a variant's runs over the images generated (T,).
-
-    values (seeds, T), NaN where it was not logged.
-    """
-
-    images: np.ndarray
-    values: np.ndarray
-
-    def thirds(self) -> tuple[float, float, float]:
-        """Means over seeds of the first, middle and last third of training; NaN where nothing was logged."""
-        parts = [part[np.isfinite(part)] for part in np.array_split(self.values, 3, axis=1)]
-        first, middle, last = (float(part.mean()) if part.size else float("nan") for part in parts)
-        return first, middle, last
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from flowbench.experiments.ablation import Curve
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -24,6 +21,23 @@ SHOWN_METRICS = (
     "explained_variance_0.33",
     "effective_sample_size",
 )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged quantity of a variant's runs over the images generated (T,).
+
+    values (seeds, T), NaN where it was not logged.
+    """
+
+    images: np.ndarray
+    values: np.ndarray
+
+    def thirds(self) -> tuple[float, float, float]:
+        """Means over seeds of the first, middle and last third of training; NaN where nothing was logged."""
+        parts = [part[np.isfinite(part)] for part in np.array_split(self.values, 3, axis=1)]
+        first, middle, last = (float(part.mean()) if part.size else float("nan") for part in parts)
+        return first, middle, last
 
 
 def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:

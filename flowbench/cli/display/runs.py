@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.config import RunConfig
+from flowbench.models.families import family_entry
 from flowbench.models.presets import load_preset
 from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
 
@@ -28,7 +29,8 @@ def dry_run(config: RunConfig) -> None:
     preset, t = load_preset(config.model), config.training
     console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).strip(), highlight=False)
     guidance = preset.guidance_scale if t.guidance_scale is None else t.guidance_scale
-    per_image = (t.num_steps or preset.num_steps) * (2 if guidance > 1 else 1)
+    per_step = family_entry(preset.family).guided_evaluations if guidance > 1 else 1
+    per_image = (t.num_steps or preset.num_steps) * per_step
     splits_ = len(config.evaluation.splits)
     evaluation = 2 * splits_ * config.evaluation.prompts * config.evaluation.images_per_prompt
     evaluated_at = config.evaluation.guidance_scale or preset.guidance_scale

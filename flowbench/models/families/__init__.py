@@ -20,7 +20,8 @@ class FamilyEntry:
     """Where a family's class is, and how a model of it is sampled when no preset says.
 
     module and cls: its file and class; pipelines: the diffusers classes that it serves, as model_index.json names them;
-    num_steps, guidance_scale, max_sequence_length: the defaults of that pipeline's own call; a scale of 1 is none.
+    num_steps, guidance_scale, max_sequence_length: the defaults of that pipeline's own call; a scale of 1 is none;
+    guided_evaluations: function evaluations of one step with guidance.
     """
 
     module: str
@@ -29,11 +30,14 @@ class FamilyEntry:
     num_steps: int = 28
     guidance_scale: float = 1.0
     max_sequence_length: int = 256
+    guided_evaluations: int = 2
 
 
 FAMILIES: dict[str, FamilyEntry] = {
     "sd3": FamilyEntry("sd3", "StableDiffusion3", ("StableDiffusion3Pipeline",), guidance_scale=7.0),
-    "flux": FamilyEntry("flux", "Flux", ("FluxPipeline",), guidance_scale=3.5, max_sequence_length=512),
+    "flux": FamilyEntry(
+        "flux", "Flux", ("FluxPipeline",), guidance_scale=3.5, max_sequence_length=512, guided_evaluations=1
+    ),
     "lumina2": FamilyEntry(
         "lumina2", "Lumina2", ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"), num_steps=30, guidance_scale=4.0
     ),
