@@ -45,7 +45,9 @@ class Adrpo(Matching["Adrpo.Config"]):
     defaults: ClassVar = {
         "mini-sd3": Defaults(
             {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}
-        )
+        ),
+        # Images of the policy whose velocity is regressed: docs/guidance.md.
+        "sd3.5-medium": Defaults({"guidance_scale": 1.0}),
     }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,

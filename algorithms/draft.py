@@ -53,7 +53,11 @@ class Draft(Algorithm["Draft.Config"]):
             return noises
 
     cfg: Config
-    defaults: ClassVar = {"mini-sd3": Defaults({"learning_rate": 1.5e-4, "minibatch": 32})}  # docs/mini-sd3-search.md
+    defaults: ClassVar = {
+        "mini-sd3": Defaults({"learning_rate": 1.5e-4, "minibatch": 32}),  # docs/mini-sd3-search.md
+        # The pipeline's own grid ends with a step that changes nothing: two are the paper's one (docs/sampling.md).
+        "sd3.5-medium": Defaults({}, {"steps": 2}),
+    }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,
         "algorithm.steps": Choice((1, 2, 4, 8)),  # 1: the paper's most efficient
@@ -69,7 +73,8 @@ class Draft(Algorithm["Draft.Config"]):
 
     def draws(self) -> Draws:
         """The noise of LV's state, then that of a stochastic sampler's steps."""
-        return Draws(noises=bool(self.cfg.noises) + self.cfg.steps * self.policy.sampler.has_log_prob)
+        noises = bool(self.cfg.noises) + self.cfg.steps * self.policy.sampler.has_log_prob
+        return Draws(noises=noises, fixed=True)
 
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per image, at its state K steps before the end; for LV one per image and draw of noise."""

@@ -16,8 +16,8 @@ geneval_sd3. As there:
   With `training.sampler=cps` it is mean_d (mu - mu_ref)^2, as in Flow-CPS, and with dance-sde the exact KL, either way.
 
 Deviations from the paper and that code:
-1. All steps are trained on; the code leaves out the last one (`timestep_fraction` 0.99). `training.sde_window` leaves
-   it out too.
+1. The code leaves out the last sampler step (`timestep_fraction` 0.99), here it is left out where it changes nothing:
+   on the schedulers' own grids (docs/sampling.md). `training.sde_window` leaves it out too.
 2. The code keeps as many images of zero advantage as fill its last batch; here none, unless all are of zero advantage.
 MixGRPO (2507.21802) is this algorithm with `training.sde_window`: stochastic steps, and the loss, in that window only.
 """
@@ -60,7 +60,7 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
         # yifan123/flow_grpo, config/grpo.py, geneval_sd3 and general_ocr_sd3 (pickscore_sd3 has beta 0.01).
         "sd3.5-medium": Defaults(
             {
-                "minibatch": 5760,  # two optimizer steps per iteration
+                "minibatch": 5184,  # two optimizer steps per iteration, of nine of the ten sampler steps
                 "ema": 0.987,  # 0.9 every 8 optimizer steps
             },
             {"beta": 0.04, "kl_over_step": False, "clip_range": 1e-4, "advantage_clip": 5.0},

@@ -68,8 +68,8 @@ class OnlineDpo(Algorithm["OnlineDpo.Config"]):
     }
 
     def draws(self) -> Draws:
-        """Both images of a pair are noised with the same."""
-        return Draws(noises=1, sigma=True)
+        """Both images of a pair are noised with the same; rows of a prompt are copies of one pair."""
+        return Draws(noises=1, sigma=True, fixed=True)
 
     def prepare(self, rollout: Rollout) -> Batch:
         """One row per prompt and state; `advantage` is the difference of the pair's rewards."""

@@ -49,7 +49,9 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
         "mini-sd3": Defaults(
             {**MINI_SD3_LORA, "learning_rate": 2e-3, "minibatch": 32, "epochs": 3, "reward_scale": "standardized"},
             {"tau": 5.0, "alpha": 100.0},
-        )
+        ),
+        # Images of the policy whose velocity is regressed: docs/guidance.md.
+        "sd3.5-medium": Defaults({"guidance_scale": 1.0}),
     }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,

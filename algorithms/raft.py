@@ -53,7 +53,9 @@ class Raft(Matching["Raft.Config"]):
                 "images_per_prompt": 16,
             },
             {"states_per_image": 16, "share": 0.0625},
-        )
+        ),
+        # Images of the policy whose velocity is regressed: docs/guidance.md.
+        "sd3.5-medium": Defaults({"guidance_scale": 1.0}),
     }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,

@@ -43,7 +43,10 @@ class Refl(Algorithm["Refl.Config"]):
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2")
 
     cfg: Config
-    defaults: ClassVar = {"mini-sd3": Defaults({"learning_rate": 3e-4, "minibatch": 32})}  # docs/mini-sd3-search.md
+    defaults: ClassVar = {
+        "mini-sd3": Defaults({"learning_rate": 3e-4, "minibatch": 32}),  # docs/mini-sd3-search.md
+        "sd3.5-medium": Defaults({"guidance_scale": 1.0}),  # as the reference code: docs/guidance.md
+    }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,
         "algorithm.late": LogUniform(0.025, 1.0),  # 0.25: the paper's steps 30 to 40 of 40

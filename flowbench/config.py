@@ -31,7 +31,10 @@ class TrainingConfig(_Section):
     """What the one loop does, whatever the algorithm."""
 
     added_later: ClassVar = frozenset(
-        ("auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window", "sde_window_stay")
+        (
+            *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
+            *("sde_window_stay", "shared_noise"),
+        )
     )
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
@@ -66,6 +69,13 @@ class TrainingConfig(_Section):
     )
     sigma_distribution: Literal["logit-normal", "uniform", "sampler"] = "logit-normal"
     sigma_logit: tuple[float, float] = Field((0.0, 1.0), description="mean and deviation of the logit-normal sigmas")
+    shared_noise: bool | None = Field(
+        None,
+        description="same noise and sigma for the images of a prompt, in re-noised states; None is the algorithm's",
+    )
+    anchor_decay: float | None = Field(
+        None, ge=0, lt=1, description="the loss's reference is the policy's average of this decay per iteration"
+    )
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of the average of the tuned weights that is evaluated; 0 is none"
     )
@@ -75,13 +85,14 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
 
-    added_later: ClassVar = frozenset(("guidance_scale", "judges"))
+    added_later: ClassVar = frozenset(("guidance_scale", "judges", "unguided"))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
     images_per_prompt: int = Field(4, ge=2)
     num_steps: int | None = Field(None, ge=1, description="sampler steps; None is the model's own number")
     guidance_scale: float | None = Field(None, ge=1, description="None is the model's own, 1 is none")
+    unguided: bool = Field(True, description="where that is above 1: also score without guidance, as METRIC@1")
     batch: int = Field(64, ge=1)
     judges: tuple[str, ...] | None = Field(
         None, description="rewards that score without being trained on; None is all of the model's, and the oracle"
@@ -143,6 +154,8 @@ def _without_unused(
 
 
 PRESET = "preset.yaml"  # a run's copy, beside its configuration
+
+MOVED = {"algorithm.shared_noise": "training.shared_noise"}  # earlier names of settings
 
 # How users spell the sections in `--set` and in configuration files.
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorithm": None}
@@ -262,6 +275,8 @@ def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> A
         name = ".".join(str(part) for part in first["loc"])
         full = f"{section}.{name}".lstrip(".")
         if first["type"] == "extra_forbidden":
+            if full in MOVED:
+                raise UsageError(f"setting '{full}' is now '{MOVED[full]}'") from error
             raise UsageError(f"unknown setting '{full}'{did_you_mean(name, model.model_fields)}") from error
         raise UsageError(f"setting '{full}' = {first['input']!r}: {first['msg'].lower()}") from error
 

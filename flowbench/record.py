@@ -48,7 +48,10 @@ class Spent(_Part):
 
 
 class Record(_Part):
-    """One run. scores: "metric/split" or "metric/split/category" to Score; per_prompt: "metric/split" to the values."""
+    """One run. scores: "metric/split" or "metric/split/category" to Score; per_prompt: "metric/split" to the values.
+
+    "metric@1" is of images sampled without guidance, where "metric" is of those sampled with it.
+    """
 
     algorithm: str
     reward: str

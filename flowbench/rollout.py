@@ -201,18 +201,31 @@ def visited(rollout: Rollout, advantage: torch.Tensor, step: torch.Tensor) -> Ba
     return replace(endpoints(rollout, advantage), x=rollout.states[rows, step], sigma=rollout.sigmas[step])
 
 
+def idle_steps(sigmas: torch.Tensor) -> torch.Tensor:
+    """(T,) bool: whether a sampler step changes nothing worth an update, for sigmas (T + 1,).
+
+    That is a last step less than a quarter as long as the one before it: the grid of diffusers' Euler scheduler ends
+    0.144, 0.001, 0 with eight steps, and 0.278, 0.009, 0 with ten and SD3's shift.
+    """
+    length = -sigmas.diff()
+    idle = torch.zeros_like(length, dtype=torch.bool)
+    if len(length) > 1:
+        idle[-1] = length[-1] < length[-2] / 4
+    return idle
+
+
 def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
     """One row per image and sampler step, image by image; the rollout must have states and log_prob.
 
     advantage is one per image, (B,), or one per transition, (B, T). Steps without noise (the ODE part of a mixed
-    sampler) have no density and are left out.
+    sampler) have no density and are left out, and so is one that changes nothing (`idle_steps`).
     """
     assert rollout.states is not None
     assert rollout.log_prob is not None
     b, t = rollout.log_prob.shape
     image = torch.arange(b, device=rollout.x0.device).repeat_interleave(t)
     step = torch.arange(t, device=rollout.x0.device).repeat(b)
-    keep = rollout.log_prob[image, step].isfinite()
+    keep = rollout.log_prob[image, step].isfinite() & ~idle_steps(rollout.sigmas)[step]
     image, step = image[keep], step[keep]
     return Batch(
         prompts=tuple(rollout.prompts[i] for i in image.tolist()),
@@ -234,12 +247,14 @@ class Draws:
     """The randomness that each row of a minibatch is handed; the core draws it on the host, for all rows at once.
 
     noises: standard normal latents per row; sigma: whether it gets a noise level, as `training.sigma_distribution`
-    says; shared: rows of one group get the same.
+    says; shared: rows of one group get the same, unless `training.shared_noise` says otherwise; fixed: it may not say
+    so, because the formula decides, or because rows of a group are copies of one image.
     """
 
     noises: int = 0
     sigma: bool = False
     shared: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)

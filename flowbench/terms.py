@@ -77,6 +77,14 @@ def trained_metrics(text: str) -> frozenset[str]:
     return frozenset({*map(path_name, names), *truth})
 
 
+UNGUIDED = "@1"  # ends the name of a metric of images that were sampled without guidance, beside those with it
+
+
+def plain_metric(metric: str) -> str:
+    """The metric's name without what says how its images were sampled: "clip" of "clip@1"."""
+    return metric.removesuffix(UNGUIDED)
+
+
 def combined_info(terms: tuple[Term, ...]) -> RewardInfo:
     """What is true of a sum: differentiable if all terms are, truth only if it is the plain truth, bounds added up.
 

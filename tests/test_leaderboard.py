@@ -62,7 +62,7 @@ def test_a_row_is_the_mean_over_its_seeds_with_its_bootstrap_interval():
     assert row.gains["oracle_exact"].mean == pytest.approx(0.2)
     assert row.gains["clip"].mean == pytest.approx(0.4)
     assert row.gains["oracle_exact"].ci95 == pytest.approx(mean_ci95(np.array(gains)))
-    assert row.retained.mean == pytest.approx(0.75)
+    assert row.retained["diversity"].mean == pytest.approx(0.75)
     assert row.seconds == pytest.approx(11.0)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from flowbench.rollout import Conditioning, Rollout, transitions
+from flowbench.rollout import Conditioning, Rollout, idle_steps, transitions
 
 B, T, SHAPE = 3, 4, (2, 1, 1)
 
@@ -49,6 +49,27 @@ def test_each_row_has_the_gaussian_and_the_advantage_of_its_own_transition(rollo
 
 def test_one_advantage_per_image_is_that_of_all_its_transitions(rollout: Rollout):
     assert transitions(rollout, torch.arange(3.0)).advantage.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "idle"),
+    [
+        ([1.0, 0.8573, 0.7146, 0.1437, 0.001, 0.0], True),  # the scheduler's own grid
+        ([1.0, 0.9600, 0.8, 0.278, 0.0089, 0.0], True),  # with SD3's shift
+        ([1.0, 0.75, 0.5, 0.25, 0.0], False),
+        ([1.0, 0.9231, 0.8, 0.6667, 0.25, 0.0], False),
+        ([1.0, 0.0], False),
+    ],
+)
+def test_a_last_step_that_changes_nothing_is_idle_and_no_other_is(sigmas: list[float], idle: bool):
+    assert idle_steps(torch.tensor(sigmas)).tolist() == [False] * (len(sigmas) - 2) + [idle]
+
+
+def test_no_row_belongs_to_a_step_that_changes_nothing(rollout: Rollout):
+    short = dataclasses.replace(rollout, sigmas=torch.tensor([1.0, 0.6, 0.3, 0.001, 0.0]))
+    rows = transitions(short, torch.arange(12.0).view(B, T))
+    assert rows.advantage.tolist() == [0, 1, 4, 5, 8, 9]
+    assert rows.sigma.tolist() == pytest.approx(3 * [1.0, 0.6])
 
 
 def test_a_rollout_that_keeps_no_steps_gives_rows_without_them(rollout: Rollout):

@@ -82,6 +82,25 @@ def test_each_row_has_noise_and_a_sigma_of_its_own_and_those_of_a_group_share_th
     assert own.noise.std().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("own", "fixed", "asked", "shared"),
+    [
+        (False, False, True, True),
+        (True, False, False, False),
+        (True, False, None, True),
+        (False, True, True, False),  # copies of one image must not be noised alike
+        (True, True, False, True),  # the formula decides
+    ],
+)
+def test_the_run_decides_whether_a_prompts_images_share_their_noise_unless_the_algorithm_has_to(
+    shared_policy: Policy, own: bool, fixed: bool, asked: bool | None, shared: bool
+):
+    batch = replace(rows_of([1, 1]), x0=torch.zeros(2, *shared_policy.latent_shape))
+    batch = drawn(Wants(Draws(noises=1, sigma=True, shared=own, fixed=fixed)), shared_policy, batch, asked)
+    assert torch.equal(batch.noise[0], batch.noise[1]) == shared
+    assert (batch.noise_sigma[0] == batch.noise_sigma[1]).item() == shared
+
+
 def test_rows_that_were_handed_no_noise_say_so():
     with pytest.raises(RunError, match=r"ask for it with draws\(\)"):
         renoised(rows_of([0, 0]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from flowbench.config import EvaluationConfig, hashable
 from flowbench.errors import RunError
 from flowbench.models.flow import interpolate, velocity_error
 from flowbench.models.policy import Policy
+from flowbench.models.presets import OWN_SPACING
 from flowbench.prompts import Prompt, PromptSplit, spread
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Conditioning
 from flowbench.seeding import generator_for
+from flowbench.terms import UNGUIDED
 from flowbench.testbeds.shapes.truth import truth
 
 W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -51,16 +54,51 @@ class Judges:
     held_out: tuple[str, ...] = ()
 
 
-def protocol_hash(config: EvaluationConfig, splits: list[PromptSplit]) -> str:
-    """Ten hex digits over the protocol and its prompt files."""
-    content = {"config": hashable(config), "splits": {s.name: s.sha256 for s in splits}}
+def protocol_hash(config: EvaluationConfig, splits: list[PromptSplit], spacing: str = OWN_SPACING) -> str:
+    """Ten hex digits over the protocol, its prompt files and the model's `sigma_spacing`."""
+    content: dict[str, Any] = {"config": hashable(config), "splits": {s.name: s.sha256 for s in splits}}
+    if spacing != OWN_SPACING:  # all that there was, once
+        content["sigma_spacing"] = spacing
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def guidance_scales(policy: Policy, config: EvaluationConfig) -> dict[str, float]:
+    """The scales that the images of an evaluation are sampled at, by the ending of their metrics' names.
+
+    The model's own or the configured scale, with no ending; and where it is above 1, 1, which is none.
+    """
+    scale = policy.preset.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    return {"": scale, UNGUIDED: 1.0} if config.unguided and scale > 1 else {"": scale}
+
+
+def count_images(policy: Policy, splits: list[PromptSplit], config: EvaluationConfig) -> int:
+    """How many images of one model an evaluation generates."""
+    prompts = sum(min(len(split.prompts), config.prompts) for split in splits)
+    return prompts * config.images_per_prompt * len(guidance_scales(policy, config))
 
 
 def score_split(
     policy: Policy, weights: str, split: PromptSplit, judges: Judges, config: EvaluationConfig, progress: Progress
 ) -> SplitScores:
-    """Generate and score `config.images_per_prompt` images for each prompt of a split, with one weight view."""
+    """Generate and score `config.images_per_prompt` images for each prompt of a split, with one weight view.
+
+    Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance.
+    """
+    scales = guidance_scales(policy, config)
+    parts = {ending: _score(policy, weights, split, judges, config, s, progress) for ending, s in scales.items()}
+    scores = {f"{metric}{ending}": v for ending, part in parts.items() for metric, v in part.scores.items()}
+    return replace(parts[""], scores=scores)
+
+
+def _score(
+    policy: Policy,
+    weights: str,
+    split: PromptSplit,
+    judges: Judges,
+    config: EvaluationConfig,
+    scale: float,
+    progress: Progress,
+) -> SplitScores:
     prompts, n = spread(split, config.prompts), config.images_per_prompt
     rows = [(p, k) for p in range(len(prompts)) for k in range(n)]
     collected: dict[str, list[torch.Tensor]] = {}
@@ -71,8 +109,7 @@ def score_split(
         cond = policy.encode(asked)
         noise = torch.cat([_noise(policy, config.seed, split.name, p, k) for p, k in part])
         policy.generator = generator_for(config.seed, "evaluation", split.name, start)
-        steps, guidance = config.num_steps, config.guidance_scale
-        samples = policy.rollout(cond, noise, num_steps=steps, guidance_scale=guidance, weights=weights)
+        samples = policy.rollout(cond, noise, num_steps=config.num_steps, guidance_scale=scale, weights=weights)
         with torch.no_grad():
             images = policy.decode(samples.x0)
             scores = score_images(judges, images, asked)

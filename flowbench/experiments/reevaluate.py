@@ -17,7 +17,7 @@ from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
 from flowbench.evaluation.judges import build_judges, build_reward, reads_oracle, usable
-from flowbench.evaluation.protocol import score_split
+from flowbench.evaluation.protocol import count_images, score_split
 from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.inputs import kept_split
 from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
@@ -29,7 +29,7 @@ from flowbench.prompts import PromptSplit, load_split, locate, present_splits, w
 from flowbench.prompts.needs import check_needs
 from flowbench.record import Score, load_record, write_atomically
 from flowbench.registry import rewards
-from flowbench.terms import term_names
+from flowbench.terms import plain_metric, term_names
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
 
@@ -168,13 +168,13 @@ def _evaluate_weights(
     if base is tuned:
         pairs = evaluate_pairs(tuned, splits, judges, protocol, progress)
     else:
-        total = 2 * sum(min(len(s.prompts), protocol.prompts) for s in splits) * protocol.images_per_prompt
-        tick = _Counter(progress, total)
+        tick = _Counter(progress, 2 * count_images(base, splits, protocol))
         pairs = {}
         for split in splits:
             pair = [score_split(policy, "reference", split, judges, protocol, tick) for policy in (base, tuned)]
             for scores in pair:  # two pipelines need not share the latents in which velocities could be compared
-                del scores.scores["w2"]
+                for metric in [m for m in scores.scores if plain_metric(m) == "w2"]:
+                    del scores.scores[metric]
             pairs[split.name] = Pair(*pair)
     return Evaluation(f"{path.name} against {preset.name}", compare(pairs), held_out=judges.held_out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import json
 import resource
 import shutil
 import sys
@@ -21,11 +22,20 @@ from flowbench.config import EvaluationConfig, RunConfig, load_run_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, build_reward
-from flowbench.evaluation.protocol import Judges, SplitScores, by_category, protocol_hash, score_split
+from flowbench.evaluation.protocol import (
+    Judges,
+    SplitScores,
+    by_category,
+    count_images,
+    guidance_scales,
+    protocol_hash,
+    score_split,
+)
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
+from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import PromptSplit, load_split, spread
@@ -41,6 +51,7 @@ from flowbench.training.checkpoint import CHECKPOINT, METRICS
 from flowbench.training.trainer import IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
+CALL = "pipeline_call.json"  # beside the tuned weights
 TRUTH_EVERY = 4  # iterations; the oracle is not free
 
 
@@ -136,7 +147,7 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         policy.encode([p for split in splits for p in spread(split, config.evaluation.prompts)])
     budget = trainer.run()
     trainer.updater.use_average()
-    policy.save(folder / "checkpoints" / "tuned")
+    save_tuned(policy, folder / "checkpoints" / "tuned", config)
     evaluation_begun = time.perf_counter()
     judges = judges or build_judges(config, reward, preset, device, splits)
     pairs = evaluate_pairs(policy, splits, judges, config.evaluation, listener.on_evaluation)
@@ -167,6 +178,16 @@ def _truth_of_training(rollout: Rollout) -> dict[str, float]:
     return {name: verdicts.mean().item() for name, verdicts in truth(rollout.images, rollout.prompts).items()}
 
 
+def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
+    """Write the tuned weights, and beside them the arguments with which plain diffusers samples what is evaluated."""
+    policy.save(folder)
+    if on_plane(policy):
+        return
+    scale = guidance_scales(policy, config.evaluation)[""]
+    arguments = policy.family.call_arguments(config.evaluation.num_steps or policy.preset.num_steps, scale)
+    write_atomically(folder / CALL, json.dumps(arguments, indent=1) + "\n")
+
+
 @dataclass(frozen=True)
 class Pair:
     """Scores of the base and of the tuned model on one split."""
@@ -183,8 +204,7 @@ def evaluate_pairs(
     progress: Callable[[int, int], None],
 ) -> dict[str, Pair]:
     """Score base and tuned model on each split, on the same prompts and noise."""
-    images = sum(min(len(s.prompts), protocol.prompts) for s in splits) * protocol.images_per_prompt
-    done, total = 0, 2 * images
+    done, total = 0, 2 * count_images(policy, splits, protocol)
 
     def tick(n: int) -> None:
         nonlocal done
@@ -243,7 +263,7 @@ def make_record(
         prompts={split: [p.text for p in pair.base.prompts] for split, pair in pairs.items()},
         config=config.model_dump(mode="json"),
         config_hash=config.hash(),
-        protocol_hash=protocol_hash(config.evaluation, splits),
+        protocol_hash=protocol_hash(config.evaluation, splits, load_preset(config.model).sigma_spacing),
         prompt_hashes={s.name: s.sha256 for s in all_splits},
         reward_provenance=reward.provenance(),
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,20 @@ from flowbench.models.flow import get_sampler
 from flowbench.models.presets import ModelPreset
 from flowbench.models.sampling import Samples, Sampling
 from flowbench.models.texts import TextCache
-from flowbench.models.views import EXTRA_VIEWS, VIEWS, Tuning, make_views
+from flowbench.models.views import ANCHOR, EXTRA_VIEWS, VIEWS, Tuning, make_views
 from flowbench.rollout import Conditioning
 
-__all__ = ["EXTRA_VIEWS", "VIEWS", "Policy", "Samples", "Tuning"]
+__all__ = ["ANCHOR", "EXTRA_VIEWS", "VIEWS", "Policy", "Samples", "Tuning"]
 
 
 class Policy(Sampling):
     """A pipeline whose transformer is being tuned; the preset's family knows how to use it.
 
     Weight views: "current" is trained, "reference" is the model before tuning; "old" (behaviour policy) and "average"
-    (slow average) exist for algorithms that ask for them. With LoRA a view is an adapter state of one module; with full
-    tuning it is a frozen copy. `generator` supplies all randomness of `rollout` and of the draws; the trainer sets it.
-    `num_steps` and `guidance_scale` are those of training; None means the preset's.
+    (slow average) exist for algorithms that ask for them, "anchor" where `training.anchor_decay` does. With LoRA a view
+    is an adapter state of one module; with full tuning it is a frozen copy. `generator` supplies all randomness of
+    `rollout` and of the draws; the trainer sets it. `num_steps` and `guidance_scale` are those of training; None means
+    the preset's.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Policy(Sampling):
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
         self.function_evaluations = 0
+        self._anchored = False
         for part in self.family.modules():
             part.requires_grad_(False).eval().to(device)
         self.texts = TextCache(self.family, device)
@@ -124,6 +126,8 @@ class Policy(Sampling):
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str, grad: bool, scale: float
     ) -> torch.Tensor:
         self.function_evaluations += len(x)
+        if weights == "reference" and self._anchored and self.has_view(ANCHOR):
+            weights = ANCHOR
         with nullcontext() if grad or weights == "current" else torch.no_grad(), self.views.use(weights) as module:
             return self.family.velocity(module, x, sigma, cond.rows(), scale)
 
@@ -148,6 +152,15 @@ class Policy(Sampling):
     def has_view(self, name: str) -> bool:
         """Whether a view of EXTRA_VIEWS was added."""
         return self.views.has(name)
+
+    @contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Within it, velocities of "reference" are those of the view "anchor", if there is one: for losses."""
+        self._anchored = True
+        try:
+            yield
+        finally:
+            self._anchored = False
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer trains, in a fixed order."""

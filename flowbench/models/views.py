@@ -16,7 +16,8 @@ from flowbench.errors import UsageError
 from flowbench.models.families.base import Family
 from flowbench.models.lora import TRAINED, adapted_layers, adapter_parameters, add_adapter, switch_adapter
 
-EXTRA_VIEWS = ("old", "average")
+ANCHOR = "anchor"
+EXTRA_VIEWS = ("old", "average", ANCHOR)
 VIEWS = ("current", "reference", *EXTRA_VIEWS)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flowbench.errors import UsageError
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.record import Record
-from flowbench.terms import trained_metrics
+from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
 
 HEADLINE = ("oracle_exact", "oracle_soft", "diversity", "w2")
 
@@ -35,7 +35,8 @@ class Cell:
 class Row:
     """One algorithm on one model, reward, budget and protocol.
 
-    gains: tuned minus base per metric; retained: tuned diversity over base; seconds: mean of the training time.
+    gains: tuned minus base per metric; retained: tuned over base, of the diversities among them; seconds: mean of the
+    training time.
     """
 
     model: str
@@ -46,7 +47,7 @@ class Row:
     config_hash: str
     seeds: int
     gains: dict[str, Cell]
-    retained: Cell | None
+    retained: dict[str, Cell]
     seconds: float
 
 
@@ -80,8 +81,11 @@ def _row(key: tuple[str, str, int, str, str, str], group: list[Record], split: s
     shared = set.intersection(*(set(r.scores) for r in group))  # judges may have been added between two seeds
     metrics = [m.split("/")[0] for m in group[0].scores if m.endswith(f"/{split}") and m in shared]
     gains = {m: over_seeds([r.scores[f"{m}/{split}"].change for r in group]) for m in metrics}
-    diversity = [r.scores[f"diversity/{split}"] for r in group if f"diversity/{split}" in r.scores]
-    retained = over_seeds([s.tuned / s.base for s in diversity]) if diversity else None
+    retained = {
+        m: over_seeds([r.scores[f"{m}/{split}"].tuned / r.scores[f"{m}/{split}"].base for r in group])
+        for m in metrics
+        if plain_metric(m) == "diversity"
+    }
     seconds = float(np.mean([r.budget.seconds for r in group]))
     seeds = len({r.seed for r in group})
     return Row(model, reward, images, protocol, algorithm, config_hash, seeds, gains, retained, seconds)
@@ -96,7 +100,8 @@ def over_seeds(values: list[float]) -> Cell:
 def columns(table: Sequence[Row]) -> list[str]:
     """Metrics of all rows: rewards first, then truth, diversity and divergence."""
     seen = {m: None for row in table for m in row.gains}
-    return sorted(seen, key=lambda m: (HEADLINE.index(m) if m in HEADLINE else -1, m))
+    place = {name: k for k, name in enumerate(HEADLINE)}
+    return sorted(seen, key=lambda m: (place.get(plain_metric(m), -1), m))
 
 
 def cells(row: Row, metrics: Sequence[str]) -> list[str]:
@@ -104,10 +109,10 @@ def cells(row: Row, metrics: Sequence[str]) -> list[str]:
     values, trained_on = [], trained_metrics(row.reward)
     for metric in metrics:
         cell = row.gains.get(metric)
-        if metric == "diversity" and row.retained:
-            values.append(f"x {row.retained.text(signed=False)}")
+        if metric in row.retained:
+            values.append(f"x {row.retained[metric].text(signed=False)}")
         else:
-            values.append((cell.text() + ("*" if metric in trained_on else "")) if cell else "")
+            values.append((cell.text() + ("*" if plain_metric(metric) in trained_on else "")) if cell else "")
     return [row.model, row.reward, row.algorithm, str(row.seeds), str(row.images), *values, f"{row.seconds:.0f}"]
 
 
@@ -119,7 +124,8 @@ def headings(metrics: Sequence[str]) -> list[str]:
 def to_markdown(table: Sequence[Row]) -> str:
     """A Markdown table with a legend."""
     metrics = columns(table)
-    return f"{markdown_table(headings(metrics), [cells(row, metrics) for row in table])}\n\n{LEGEND}\n"
+    legend = LEGEND + (f" {UNGUIDED_LEGEND}" if any(m.endswith(UNGUIDED) for m in metrics) else "")
+    return f"{markdown_table(headings(metrics), [cells(row, metrics) for row in table])}\n\n{legend}\n"
 
 
 def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -133,6 +139,7 @@ LEGEND = (
     "\\* the reward trained on; diversity as a share of the base model's; seconds of training."
 )
 
+UNGUIDED_LEGEND = f"{UNGUIDED}: sampled without guidance; the others at the model's own scale."
 
 CSV_COLUMNS = (
     *("model", "reward", "algorithm", "config_hash", "protocol_hash", "seeds", "images"),

@@ -35,7 +35,6 @@ class MatchingConfig(AlgorithmConfig):
     """Hyperparameters of every algorithm of this kind."""
 
     states_per_image: int = Field(1, ge=1, description="noisy states per image and pass")
-    shared_noise: bool = Field(False, description="same noise and sigma for the images of a prompt")
 
 
 # Training on mini-sd3, found in runs of one to five seeds: docs/mini-sd3-search.md.
@@ -52,12 +51,8 @@ class Matching(Algorithm[M]):
         return endpoints(rollout, advantage, copies=self.cfg.states_per_image)
 
     def draws(self) -> Draws:
-        """One noisy state per row; with `shared_noise` the images of a prompt differ by x0 alone.
-
-        Sharing leaves the expectation of the loss as it is; where a prompt's advantages sum to zero, most of the
-        noise's part of the gradient cancels.
-        """
-        return Draws(noises=1, sigma=True, shared=self.cfg.shared_noise)
+        """One noisy state per row."""
+        return Draws(noises=1, sigma=True)
 
 
 class TrailingMatching(Matching[M]):

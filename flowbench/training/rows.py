@@ -52,8 +52,8 @@ def shuffled(batch: Batch, generator: torch.Generator) -> torch.Tensor:
     return rows[rank[groups].argsort(stable=True)]
 
 
-def drawn(algorithm: Algorithm, policy: Policy, batch: Batch) -> Batch:
-    """The rows with the noise and sigmas that the algorithm asks for.
+def drawn(algorithm: Algorithm, policy: Policy, batch: Batch, shared: bool | None = None) -> Batch:
+    """The rows with the noise and sigmas that the algorithm asks for; shared: as `training.shared_noise`.
 
     They are drawn on the host for the whole minibatch, noise first and then sigmas, so that a row's own do not depend
     on how the minibatch is cut.
@@ -65,7 +65,7 @@ def drawn(algorithm: Algorithm, policy: Policy, batch: Batch) -> Batch:
         noise = noise.view(n, wanted.noises, *noise.shape[1:])
     if wanted.sigma:
         sigma = policy.draw_sigmas(n)
-    if wanted.shared and batch.group is not None:
+    if (wanted.shared if shared is None or wanted.fixed else shared) and batch.group is not None:
         own = batch.group.unique(return_inverse=True)[1]
         noise, sigma = (None if values is None else values[own] for values in (noise, sigma))
     return replace(batch, noise=noise, noise_sigma=sigma)

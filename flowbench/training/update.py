@@ -7,7 +7,7 @@ import torch
 from flowbench.algorithm import Algorithm
 from flowbench.config import RunConfig
 from flowbench.errors import RunError
-from flowbench.models.policy import Policy
+from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.rows import Cut, compared, drawn, shuffled
@@ -59,6 +59,8 @@ class Updater:
             else None
         )
         self.average = [p.detach().clone() for p in self.parameters] if training.ema else []
+        if training.anchor_decay is not None:
+            policy.add_view(ANCHOR)
         self._iteration = 0
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
@@ -74,6 +76,8 @@ class Updater:
             for rows in Cut(training.minibatch, self.algorithm.whole_groups).parts(batch, shuffled(batch, order)):
                 for name, value in self._step(batch.select(rows)).items():
                     metrics.add(name, value)
+        if training.anchor_decay is not None:
+            self.policy.update_view(ANCHOR, training.anchor_decay)
         return metrics.means()
 
     def gradient(self, batch: Batch, microbatch: int | None) -> tuple[dict[str, float], bool]:
@@ -82,13 +86,14 @@ class Updater:
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
         """
         cut, metrics, updates_policy = Cut(microbatch or len(batch), self.algorithm.whole_groups), Metrics(), False
-        batch, comparison = compared(self.algorithm, self.policy, batch, cut)
-        for rows in cut.parts(batch):
-            loss = self.algorithm.loss(self.policy, batch.select(rows))
-            (self._total(loss) * (len(rows) / len(batch))).backward()
-            updates_policy |= loss.policy is not None
-            for name, values in loss.metrics.items():
-                metrics.add(name, values)
+        with self.policy.anchored():
+            batch, comparison = compared(self.algorithm, self.policy, batch, cut)
+            for rows in cut.parts(batch):
+                loss = self.algorithm.loss(self.policy, batch.select(rows))
+                (self._total(loss) * (len(rows) / len(batch))).backward()
+                updates_policy |= loss.policy is not None
+                for name, values in loss.metrics.items():
+                    metrics.add(name, values)
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
         return metrics.means(), updates_policy
@@ -111,7 +116,7 @@ class Updater:
         return metrics
 
     def _drawn(self, batch: Batch) -> Batch:
-        return drawn(self.algorithm, self.policy, batch)
+        return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._clip(self.auxiliary_parameters)

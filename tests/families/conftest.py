@@ -56,9 +56,10 @@ def make(described: Callable[..., ModelPreset]) -> Callable[..., Policy]:
         tuning: Tuning = LORA,
         guidance_scale: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        sigma_spacing: str = "pipeline",
         **arguments: Any,
     ) -> Policy:
-        preset = described(kind, guidance_scale=guidance_scale)
+        preset = described(kind, guidance_scale=guidance_scale, sigma_spacing=sigma_spacing)
         torch.manual_seed(2)
         return Policy(load_pipeline(preset, CPU).to(dtype), preset, tuning, **arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,35 @@ def test_a_rollout_equals_the_plain_pipelines_own_call(make: Make, plain: Plain,
     ours = policy.rollout(policy.encode(PROMPTS), noise).x0
     assert same(ours, draw(plain(kind), noise, scale))
     assert not same(ours, policy.rollout(policy.encode(PROMPTS), noise, guidance_scale=scale + 1).x0)
+
+
+@pytest.mark.parametrize("spacing", ["pipeline", "linspace"])
+@families
+def test_the_arguments_that_a_family_names_make_plain_diffusers_sample_the_same(
+    make: Make, plain: Plain, kind: str, spacing: str
+) -> None:
+    policy, scale = make(kind, guidance_scale=GUIDANCE[kind], sigma_spacing=spacing), GUIDANCE[kind]
+    noise, packed = policy.draw_noise(2), kind == "flux"
+    arguments = policy.family.call_arguments(3, scale)
+    latents = pack(noise) if packed else noise
+    theirs = plain(kind)(list(PROMPTS), latents=latents, output_type="latent", **arguments).images
+    theirs = unpack(theirs, noise.shape[2:]) if packed else theirs
+    assert ("sigmas" in arguments) == (spacing == "linspace")
+    assert same(policy.rollout(policy.encode(PROMPTS), noise).x0, theirs)
+
+
+@families
+def test_evenly_spaced_sigmas_end_with_a_step_like_the_others_after_the_models_shift(make: Make, kind: str) -> None:
+    sigmas = make(kind, sigma_spacing="linspace").sigmas(8)
+    shift = (
+        3.0
+        if kind in ("sd3", "zimage")
+        else 6.0
+        if kind == "lumina2"
+        else math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256))
+    )
+    u = torch.arange(8, -1, -1) / 8
+    torch.testing.assert_close(sigmas, shift * u / (1 + (shift - 1) * u))
 
 
 @pytest.mark.parametrize("kind", ["schnell", "sd3.5"])

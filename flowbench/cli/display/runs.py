@@ -14,7 +14,7 @@ from flowbench.cli.display.console import console
 from flowbench.config import RunConfig
 from flowbench.models.families import family_entry
 from flowbench.models.presets import load_preset
-from flowbench.terms import trained_metrics
+from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
 
 if TYPE_CHECKING:
     from flowbench.experiments.reevaluate import Evaluation
@@ -33,6 +33,8 @@ def dry_run(config: RunConfig) -> None:
     per_image = (t.num_steps or preset.num_steps) * per_step
     splits_ = len(config.evaluation.splits)
     evaluation = 2 * splits_ * config.evaluation.prompts * config.evaluation.images_per_prompt
+    evaluated_at = config.evaluation.guidance_scale or preset.guidance_scale
+    evaluation *= 2 if evaluated_at > 1 and config.evaluation.unguided else 1
     console.print(
         f"cost: {t.images} training images ({t.images * per_image} function evaluations to sample them), "
         f"{t.images} reward calls; at most {evaluation} images to evaluate"
@@ -82,15 +84,17 @@ def score_table(values: Mapping[str, Score], reward: str | None, title: str, hel
         s = values[f"{metric}/{split}"]
         low, high = s.diff_ci95
         table.add_row(
-            metric + marks.get(metric, ""),
+            metric + marks.get(plain_metric(metric), ""),
             _short(split),
             _number(s.base),
             _number(s.tuned),
-            _colored(_number(s.tuned - s.base, "+"), s, plain=metric in ("w2", "kl")),
+            _colored(_number(s.tuned - s.base, "+"), s, plain=plain_metric(metric) in ("w2", "kl")),
             f"{_number(low, '+')}, {_number(high, '+')}",
         )
     console.print(table)
     legend = [f"{mark.strip()} {name}" for mark, name in MARKS.items() if mark in marks.values()]
+    if any(metric.endswith(UNGUIDED) for metric, _ in plain):
+        legend.append(f"{UNGUIDED} sampled without guidance")
     console.print("; ".join([*legend, "intervals: 95 % bootstrap over prompts"]), highlight=False)
     if any(key.count("/") == 2 for key in values):
         console.print(_category_table(values))

@@ -27,14 +27,16 @@ class Family(ABC):
 
     name: its key in the registry; lora_targets: endings of the names of the layers that LoRA adapts, () for none;
     text_encoders: names of the pipeline's text encoders; classifier_free: whether guidance takes a second velocity, of
-    the negative prompt, or is an input of the model. Latents have the shape (B, C, h, w) outside, whatever a
-    transformer makes of them inside.
+    the negative prompt, or is an input of the model; spaced_evenly: whether the pipeline's own call spaces its sigmas
+    evenly and ignores the scheduler's spacing. Latents have the shape (B, C, h, w) outside, whatever a transformer
+    makes of them inside.
     """
 
     name: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = ()
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     classifier_free: ClassVar[bool] = True
+    spaced_evenly: ClassVar[bool] = False
 
     def __init__(self, pipeline: Any, preset: ModelPreset) -> None:
         self.pipeline, self.preset = pipeline, preset
@@ -188,10 +190,29 @@ class Family(ABC):
         """(C, h, w) of one latent at the preset's resolution."""
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
-        """The sampler's sigmas (num_steps + 1,) float32, from 1 to 0, from the pipeline's own scheduler."""
-        self.pipeline.scheduler.set_timesteps(num_steps)
-        sigmas: torch.Tensor = self.pipeline.scheduler.sigmas.float()
+        """The sampler's sigmas (num_steps + 1,) float32, from 1 to 0, as the pipeline's own call makes them.
+
+        They are spaced as the preset's `sigma_spacing` says, and then shifted as the model's scheduler says.
+        """
+        scheduler = self.pipeline.scheduler
+        if self.spaced_evenly or self.preset.sigma_spacing == "linspace":
+            scheduler.set_timesteps(sigmas=even_sigmas(num_steps), **self.shift_arguments())
+        else:
+            scheduler.set_timesteps(num_steps, **self.shift_arguments())
+        sigmas: torch.Tensor = scheduler.sigmas.float()
         return sigmas
+
+    def shift_arguments(self) -> dict[str, float]:
+        """What the scheduler's `set_timesteps` is told of the shift, beside its own configuration."""
+        return {}
+
+    def call_arguments(self, num_steps: int, scale: float) -> dict[str, Any]:
+        """The arguments with which the pipeline's own call, in plain diffusers, samples as this family does."""
+        side = self.preset.resolution
+        arguments: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": num_steps}
+        if self.preset.sigma_spacing == "linspace":
+            arguments["sigmas"] = even_sigmas(num_steps)
+        return {**arguments, "guidance_scale": scale, "max_sequence_length": self.preset.max_sequence_length}
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) float32 in [0, 1] of latents (B, C, h, w); differentiable when gradients are on."""
@@ -205,6 +226,11 @@ class Family(ABC):
 
     def _decode(self, z: torch.Tensor) -> Any:
         return self.pipeline.vae.decode(z, return_dict=False)[0]
+
+
+def even_sigmas(num_steps: int) -> list[float]:
+    """1, ..., 2 / num_steps, 1 / num_steps: the noise levels of `num_steps` equal steps that end at 0, unshifted."""
+    return [k / num_steps for k in range(num_steps, 0, -1)]
 
 
 def shift_for(scheduler: Any, tokens: int) -> float:

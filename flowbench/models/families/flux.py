@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from flowbench.errors import UsageError
@@ -19,6 +18,7 @@ class Flux(Family):
 
     name = "flux"
     classifier_free = False
+    spaced_evenly = True
     lora_targets: ClassVar = (
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
@@ -72,12 +72,10 @@ class Flux(Family):
         side = 2 * (self.preset.resolution // (2 * self.pipeline.vae_scale_factor))
         return (self.transformer.config.in_channels // 4, side, side)
 
-    def sigmas(self, num_steps: int) -> torch.Tensor:
-        """As in the base class; evenly spaced from 1 to 1 / num_steps, then shifted by the number of image tokens."""
-        scheduler, (_, h, w) = self.pipeline.scheduler, self.latent_shape
-        even = np.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(sigmas=even, mu=shift_for(scheduler, h * w // 4))
-        return scheduler.sigmas.float()
+    def shift_arguments(self) -> dict[str, float]:
+        """As in the base class; by the number of image tokens."""
+        _, h, w = self.latent_shape
+        return {"mu": shift_for(self.pipeline.scheduler, h * w // 4)}
 
 
 def pack(x: torch.Tensor) -> torch.Tensor:

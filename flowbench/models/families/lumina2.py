@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from flowbench.models.families.base import Family, NamedTensors, shift_for
@@ -17,6 +16,7 @@ class Lumina2(Family):
     """
 
     name = "lumina2"
+    spaced_evenly = True
     lora_targets: ClassVar = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
     def encode(self, prompts: list[str], device: torch.device) -> list[NamedTensors]:
@@ -77,13 +77,10 @@ class Lumina2(Family):
         side = 2 * (self.preset.resolution // (2 * self.pipeline.vae_scale_factor))
         return (self.transformer.config.in_channels, side, side)
 
-    def sigmas(self, num_steps: int) -> torch.Tensor:
-        """As in the base class; evenly spaced from 1 to 1 / num_steps, then shifted as the scheduler says."""
-        scheduler = self.pipeline.scheduler
-        even = np.linspace(1.0, 1 / num_steps, num_steps)
-        # For a dynamic shift the pipeline takes the latent's second axis, its channels, for the number of tokens.
-        scheduler.set_timesteps(sigmas=even, mu=shift_for(scheduler, self.latent_shape[0]))
-        return scheduler.sigmas.float()
+    def shift_arguments(self) -> dict[str, float]:
+        """As in the base class, where the scheduler asks for it."""
+        # The pipeline takes the latent's second axis, its channels, for the number of tokens.
+        return {"mu": shift_for(self.pipeline.scheduler, self.latent_shape[0])}
 
 
 def _without_padding(tokens: torch.Tensor, mask: torch.Tensor) -> NamedTensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,22 +18,11 @@ if TYPE_CHECKING:
     from flowbench.models.presets import ModelPreset
 
 
-class UniformSigmas:
-    """A scheduler whose sigmas are evenly spaced from 1 to 0."""
-
-    sigmas: torch.Tensor
-
-    def set_timesteps(self, num_steps: int) -> None:
-        """Choose the number of steps."""
-        self.sigmas = torch.linspace(1, 0, num_steps + 1)
-
-
 @dataclass
 class PlanePipeline:
-    """What stands in a pipeline's place; there are no text encoders and no VAE."""
+    """What stands in a pipeline's place; there are no text encoders, no VAE and no scheduler."""
 
     transformer: VelocityField
-    scheduler: UniformSigmas = field(default_factory=UniformSigmas)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -86,6 +75,10 @@ class Plane(Family):
     def latent_shape(self) -> tuple[int, int, int]:
         """A point."""
         return (self.transformer.density.width, 1, 1)
+
+    def sigmas(self, num_steps: int) -> torch.Tensor:
+        """As in the base class; always evenly spaced, and not shifted."""
+        return torch.linspace(1, 0, num_steps + 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The points themselves (B, 2, 1, 1)."""

@@ -71,11 +71,10 @@ class StableDiffusion3(Family):
         side = self.preset.resolution // self.pipeline.vae_scale_factor
         return (self.transformer.config.in_channels, side, side)
 
-    def sigmas(self, num_steps: int) -> torch.Tensor:
-        """As in the base class; shifted by resolution where the scheduler asks for it."""
+    def shift_arguments(self) -> dict[str, float]:
+        """As in the base class; by the number of image tokens, where the scheduler asks for it."""
         scheduler = self.pipeline.scheduler
         if not scheduler.config.get("use_dynamic_shifting"):
-            return super().sigmas(num_steps)
+            return {}
         side = self.latent_shape[1] // self.transformer.config.patch_size
-        scheduler.set_timesteps(num_steps, mu=shift_for(scheduler, side * side))
-        return scheduler.sigmas.float()
+        return {"mu": shift_for(scheduler, side * side)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from flowbench.models.families.base import Family, NamedTensors, shift_for
@@ -17,6 +16,7 @@ class ZImage(Family):
     """
 
     name = "zimage"
+    spaced_evenly = True
     lora_targets: ClassVar = tuple(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
     def encode(self, prompts: list[str], device: torch.device) -> list[NamedTensors]:
@@ -55,15 +55,17 @@ class ZImage(Family):
         v = module(frames, 1 - sigma, prompts, return_dict=False)[0]
         return -torch.stack([each.squeeze(1) for each in v])
 
+    def call_arguments(self, num_steps: int, scale: float) -> dict[str, Any]:
+        """As in the base class; the pipeline counts guidance from 0."""
+        return {**super().call_arguments(num_steps, scale), "guidance_scale": scale - 1}
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """As in the base class; the sides are even."""
         side = 2 * (self.preset.resolution // (2 * self.pipeline.vae_scale_factor))
         return (self.transformer.config.in_channels, side, side)
 
-    def sigmas(self, num_steps: int) -> torch.Tensor:
-        """As in the base class; evenly spaced from 1 to 1 / num_steps, then shifted as the scheduler says."""
-        scheduler, (_, h, w) = self.pipeline.scheduler, self.latent_shape
-        even = np.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(sigmas=even, mu=shift_for(scheduler, h * w // 4))
-        return scheduler.sigmas.float()
+    def shift_arguments(self) -> dict[str, float]:
+        """As in the base class; by the number of image tokens, where the scheduler asks for it."""
+        _, h, w = self.latent_shape
+        return {"mu": shift_for(self.pipeline.scheduler, h * w // 4)}

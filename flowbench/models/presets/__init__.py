@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,21 +17,23 @@ from flowbench.prompts import prompt_sets
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
 ANALYTIC = "analytic:"  # a source that is a formula
+OWN_SPACING: Literal["pipeline"] = "pipeline"  # of a sampler's steps: that of the pipeline's own call
 
 
 class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
     source: hub id, folder, or "embedded:NAME"; family: of its pipeline, see models/families; resolution in pixels;
-    num_steps and guidance_scale of sampling (1 is none); rewards: constructor arguments per reward; training,
-    evaluation: overrides of the general defaults. Algorithms bring their own defaults for the models that they know by
-    name; like: the built-in model whose defaults they use if they do not know this one. algorithms: settings laid over
-    those, for an algorithm of another package or to change one on this model, in the sections training and algorithm,
-    and under rewards.NAME in such sections for one reward alone.
+    num_steps and guidance_scale of sampling (1 is none); sigma_spacing: of the sampler's steps, wherever the model is
+    sampled: as the pipeline's own call has it, or "linspace", equal steps before the model's shift (docs/sampling.md);
+    rewards: constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring
+    their own defaults for the models that they know by name; like: the built-in model whose defaults they use if they
+    do not know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on
+    this model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    added_later: ClassVar = frozenset({"family"})
+    added_later: ClassVar = frozenset({"family", "sigma_spacing"})
 
     name: str
     source: str
@@ -41,6 +43,7 @@ class ModelPreset(BaseModel):
     resolution: int
     num_steps: int
     guidance_scale: float
+    sigma_spacing: Literal["pipeline", "linspace"] = OWN_SPACING
     max_sequence_length: int
     has_t5: bool
     dtype: str = "float32"
