@@ -105,6 +105,16 @@ def make_trainer(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 @pytest.fixture
+def scheduler_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes are of models as they were when all were sampled on the scheduler's own grid."""
+
+    def as_it_was(name: str, resolve: bool = True) -> ModelPreset:
+        return load_preset(name, resolve).model_copy(update={"sigma_spacing": "pipeline"})
+
+    monkeypatch.setattr("flowbench.config.load_preset", as_it_was)
+
+
+@pytest.fixture
 def clean_registry() -> Any:
     """Plug-ins that a test registers are forgotten after it."""
     for registry in (algorithms, rewards):

@@ -111,7 +111,7 @@ def test_an_algorithms_settings_for_one_reward_hold_for_that_reward_alone():
     assert resolve_config("acflow", "oracle", "mini-sd3", overrides={"training.images": 64}).training.images == 64
 
 
-def test_an_option_that_came_later_leaves_older_hashes_as_they_were():
+def test_an_option_that_came_later_leaves_older_hashes_as_they_were(scheduler_grid: None):
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
     as_run = {"evaluation.splits": ["test"], "evaluation.judges": ["clip"]}
     config = resolve_config("acflow", "oracle", "mini-sd3", overrides=as_run)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +50,19 @@ def test_the_velocity_is_that_of_the_plain_diffusers_transformer(shared_policy: 
     assert torch.allclose(velocity(shared_policy), expected, atol=1e-5)
 
 
-def test_the_ode_sampler_draws_what_the_plain_diffusers_pipeline_draws(shared_policy: Policy, preset: ModelPreset):
+@pytest.mark.parametrize("how", ["sigmas", "scheduler", "own"])
+def test_the_ode_sampler_draws_what_the_plain_diffusers_pipeline_draws(
+    pipeline: Any, preset: ModelPreset, how: str
+) -> None:
+    """The model's even grid, given to the call or to the scheduler's configuration; or the scheduler's own grid."""
+    assert preset.sigma_spacing == "linspace"
+    spacing = "pipeline" if how == "own" else "linspace"
+    policy = Policy(copy.deepcopy(pipeline), preset.model_copy(update={"sigma_spacing": spacing}))
     plain = load_pipeline(preset, torch.device("cpu"))
     plain.set_progress_bar_config(disable=True)
-    noise = torch.randn(2, *shared_policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    if how == "scheduler":  # as docs/sampling.md says, for a model without shift
+        plain.scheduler = type(plain.scheduler).from_config(plain.scheduler.config, shift_terminal=1 / 4)
+    noise = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
     prompts = ["a red circle", "two crosses"]
     expected = plain(
         prompt=prompts,
@@ -59,12 +70,13 @@ def test_the_ode_sampler_draws_what_the_plain_diffusers_pipeline_draws(shared_po
         height=preset.resolution,
         width=preset.resolution,
         num_inference_steps=4,
+        sigmas=[1.0, 0.75, 0.5, 0.25] if how == "sigmas" else None,
         guidance_scale=1.0,
         max_sequence_length=preset.max_sequence_length,
-        output_type="pt",
+        output_type="latent",
     ).images
-    images = shared_policy.decode(shared_policy.rollout(shared_policy.encode(prompts), noise, num_steps=4).x0)
-    assert torch.allclose(images, expected, atol=1e-4)
+    ours = policy.rollout(policy.encode(prompts), noise, num_steps=4).x0
+    assert torch.allclose(ours, expected, atol=1e-4)
 
 
 def test_encoding_keeps_one_embedding_per_text(shared_policy: Policy):

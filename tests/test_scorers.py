@@ -173,7 +173,7 @@ def test_the_record_names_the_judges_and_what_identifies_them(judged: Callable[.
     assert load_record(tmp_path / "run" / "record.json") == record
 
 
-def test_records_from_before_there_were_judges_keep_their_hashes():
+def test_records_from_before_there_were_judges_keep_their_hashes(scheduler_grid: None):
     for path in (Path(__file__).parent.parent / "leaderboard" / "results").rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "judges" not in content:

@@ -21,11 +21,15 @@ from PIL import Image
 from tiny_pipelines import SIDE, sd3
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from flowbench.config import EvaluationConfig
 from flowbench.errors import RunError
+from flowbench.evaluation.protocol import Judges, count_images, score_split
 from flowbench.models.families import load_pipeline
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import load_preset
+from flowbench.prompts import load_split
+from flowbench.reward import Reward
 from flowbench.rewards.clip import Clip
 
 HUB_ID = "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -104,6 +108,13 @@ def moved(policy: Policy) -> Policy:
     return policy
 
 
+class Shade(Reward):
+    info = type("Info", (), {"name": "shade", "truth": False})
+
+    def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
 # --- the claims -------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +154,25 @@ def test_the_guided_ode_rollout_equals_the_plain_pipelines_output(preset_file: P
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_an_evaluation_scores_with_the_models_guidance_and_without(preset_file: Path) -> None:
+    policy, split = moved(policy_of(preset_file, "lora")), load_split("objects", "test")
+
+    def score(weights: str = "current", **settings: object) -> dict[str, list[float]]:
+        config = EvaluationConfig(prompts=2, images_per_prompt=2, num_steps=2, **settings)
+        done: list[int] = []
+        scores = score_split(policy, weights, split, Judges({"shade": Shade()}, oracle=False), config, done.append)
+        assert sum(done) == count_images(policy, [split], config)
+        assert scores.grid.shape[0] == 2
+        return {name: values.tolist() for name, values in scores.scores.items()}
+
+    both, own, none = score(), score(unguided=False), score(guidance_scale=1.0)
+    assert set(own) == set(none) == {"shade", "diversity", "w2"}
+    assert both == {**own, **{f"{name}@1": values for name, values in none.items()}}
+    assert both["shade"] != both["shade@1"]
+    assert both["diversity"] != both["diversity@1"]
+    assert score("reference")["shade@1"] != both["shade@1"]
+
+
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_the_reference_view_of_a_tuned_policy_equals_the_base(preset_file: Path, tuning: str) -> None:
     base = policy_of(preset_file, "full")
@@ -167,7 +197,12 @@ def test_a_lora_run_finishes_with_a_record_and_weights_that_diffusers_reads(
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["config"]["training"]["tuning"] == "lora"
     assert record["budget"]["images"] == 8
-    assert set(record["scores"]) >= {"clip/test", "clip/compositional", "w2/test", "diversity/test"}
+    metrics = {"clip", "w2", "diversity"}
+    assert {name.split("/")[0] for name in record["scores"]} == metrics | {f"{metric}@1" for metric in metrics}
+    assert set(record["scores"]) >= {"clip/test", "clip@1/test", "clip/compositional", "clip@1/compositional"}
+    call = json.loads((path.parent / "checkpoints/tuned/pipeline_call.json").read_text(encoding="utf-8"))
+    expected = {"height": SIDE, "width": SIDE, "num_inference_steps": 3, "guidance_scale": 4.5}
+    assert call == {**expected, "max_sequence_length": 24}
     assert (path.parent / "DONE").exists()
 
     plain = StableDiffusion3Pipeline.from_pretrained(mirror / HUB_ID)
