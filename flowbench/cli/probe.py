@@ -58,9 +58,8 @@ def probe(
     from flowbench.reporting.probe import picture, to_markdown
 
     with display.ProbeProgress() as progress:
-        report = measure(configs, plan, run, shlex.join(["flowbench", *sys.argv[1:]]), progress.listener())
-    if output:
-        report.save(output)
+        command = shlex.join(["flowbench", *sys.argv[1:]])
+        report = measure(configs, plan, run, command, progress.listener(), output)
     if format_ == "markdown":
         typer.echo(to_markdown(report), nl=False)
     else:

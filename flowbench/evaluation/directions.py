@@ -10,6 +10,7 @@ That is the average over all ways to split the batches into two halves, and so i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,8 +24,9 @@ from flowbench.errors import RunError
 RESAMPLES = 1000
 BLOCK = 2**18  # coordinates whose products are taken at a time, in float64
 
-Rows: TypeAlias = "np.ndarray"  # numbers of batches or parts, (n,) int64; in a resample some come twice
-Statistic: TypeAlias = Callable[[Rows, Rows], float]
+# How often each batch, or part, is in a resample: (..., K) of the sum K. Statistics are of many resamples at a time.
+Counts: TypeAlias = "np.ndarray"
+Statistic: TypeAlias = Callable[[Counts, Counts], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def worth(
     taken to be exact. Raises RunError for a truth that is not told apart from its noise.
     """
     parts = inner_products(truth, truth)
-    if squared_length(parts, np.arange(len(truth))) <= 0:
+    if not squared_length(parts, np.ones(len(truth))) > 0:
         raise RunError("the true gradient is not told apart from its noise; raise --images")
     whole = _products(updates, truth)
     drift, rest = None, None
@@ -116,62 +118,74 @@ def worth(
     )
 
 
-def squared_length(products: np.ndarray, rows: Rows) -> float:
-    """Squared length of the mean of vectors, without their noise; a single vector has none. nan without pairs."""
+def squared_length(products: np.ndarray, counts: Counts) -> np.ndarray:
+    """Squared length of the mean of vectors with these inner products, without their noise, (...).
+
+    It is the mean over pairs of different vectors, also where one is in a resample twice; nan without such a pair. A
+    single vector has no noise.
+    """
     if len(products) == 1:
-        return float(products[0, 0])
-    different = rows[:, None] != rows[None]
-    chosen = products[np.ix_(rows, rows)]
-    return float(chosen[different].mean()) if different.any() else float("nan")
+        return np.full(counts.shape[:-1], products[0, 0])
+    same = (counts**2) @ np.diag(products)
+    pairs = counts.sum(-1) ** 2 - (counts**2).sum(-1)
+    return (np.einsum("...i,ij,...j", counts, products, counts) - same) / np.where(pairs > 0, pairs, np.nan)
 
 
 def _products(vectors: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> Products:
     return Products(inner_products(vectors, vectors), inner_products(vectors, truth))
 
 
-def _cosine(products: Products, parts: np.ndarray, k: Rows, j: Rows) -> float:
-    along = products.truth[np.ix_(k, j)].mean()
-    squares = squared_length(products.own, k), squared_length(parts, j)
-    if min(squares) <= 0:  # as if without length: the interval says that any angle is possible
-        return float(np.sign(along))
-    return float(np.clip(along / np.sqrt(squares[0] * squares[1]), -1, 1))
+def _along(products: Products, k: Counts, j: Counts) -> np.ndarray:
+    """Inner product of the mean update and the mean true gradient."""
+    return np.einsum("...i,ij,...j", k, products.truth, j) / (k.sum(-1) * j.sum(-1))
 
 
-def _projection(products: Products, parts: np.ndarray, k: Rows, j: Rows) -> float:
-    along, length = products.truth[np.ix_(k, j)].mean(), products.own[k, k].mean()
-    square = squared_length(parts, j)
-    if length == 0:
-        return 0.0
-    return float(np.clip(along / np.sqrt(length * square), -1, 1)) if square > 0 else float(np.sign(along))
+def _ratio(along: np.ndarray, squares: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """along / sqrt(squares other) in [-1, 1]; +-1 where a length is not told from 0, so that any angle is possible."""
+    told = (squares > 0) & (other > 0)
+    lengths = np.sqrt(np.where(told, squares, 1) * np.where(told, other, 1))
+    return np.where(told, np.clip(along / lengths, -1, 1), np.sign(along))
 
 
-def _noise(own: np.ndarray, k: Rows) -> float:
+def _cosine(products: Products, parts: np.ndarray, k: Counts, j: Counts) -> np.ndarray:
+    return _ratio(_along(products, k, j), squared_length(products.own, k), squared_length(parts, j))
+
+
+def _projection(products: Products, parts: np.ndarray, k: Counts, j: Counts) -> np.ndarray:
+    with_noise = k @ np.diag(products.own) / k.sum(-1)
+    return _ratio(_along(products, k, j), with_noise, squared_length(parts, j))
+
+
+def _noise(own: np.ndarray, k: Counts) -> np.ndarray:
     """Variance of one batch's update over the squared length of the mean."""
-    signal = squared_length(own, k)
-    return max(float(own[k, k].mean()) - signal, 0.0) / signal if signal > 0 else float("inf")
+    signal, variance = squared_length(own, k), k @ np.diag(own) / k.sum(-1)
+    return np.where(signal > 0, np.maximum(variance - signal, 0) / np.where(signal > 0, signal, 1), np.inf)
 
 
-def _share(remains: np.ndarray, driven: np.ndarray, k: Rows) -> float:
-    drift, signal = (max(squared_length(products, k), 0.0) for products in (remains, driven))
-    return drift / (drift + signal) if drift + signal > 0 else float("nan")
+def _share(remains: np.ndarray, driven: np.ndarray, k: Counts) -> np.ndarray:
+    drift, signal = (np.maximum(squared_length(products, k), 0) for products in (remains, driven))
+    return drift / np.where(drift + signal > 0, drift + signal, np.nan)
 
 
 def _estimate(statistic: Statistic, batches: int, parts: int) -> Estimate:
     """The statistic of all batches and parts, with its interval over resamples of both."""
+
+    def of_rows(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        counted = [(r[..., None] == np.arange(n)).sum(-2) for r, n in zip(rows, (batches, parts), strict=False)]
+        return statistic(counted[0], counted[1] if len(counted) > 1 else np.ones(1))
+
     samples = [np.arange(batches), *([np.arange(parts)] if parts > 1 else [])]
-
-    def of(*rows: Rows) -> float:
-        return statistic(rows[0], rows[1] if len(rows) > 1 else np.zeros(1, dtype=np.int64))
-
-    drawn = stats.bootstrap(
-        samples,
-        of,
-        n_resamples=RESAMPLES,
-        vectorized=False,
-        paired=False,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).bootstrap_distribution
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # where a resample is infinite, which is said
+        drawn = stats.bootstrap(
+            samples,
+            of_rows,
+            n_resamples=RESAMPLES,
+            vectorized=True,
+            paired=False,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).bootstrap_distribution
     drawn = drawn[~np.isnan(drawn)]
     ends = np.quantile(drawn, (0.025, 0.975), method="nearest") if len(drawn) else (np.nan, np.nan)
-    return Estimate(*(float(x) if np.isfinite(x) else None for x in (of(*samples), *ends)))
+    return Estimate(*(float(x) if np.isfinite(x) else None for x in (of_rows(*samples), *ends)))

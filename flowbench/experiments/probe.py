@@ -156,24 +156,30 @@ def probe(
     run: Path | None = None,
     command: str = "",
     listener: ProbeListener = ProbeListener(),
+    output: Path | None = None,
 ) -> ProbeReport:
     """Probe each algorithm from the same fixed weights: the base model's, or those of a run.
 
-    An algorithm that fails is a row with its reason. Raises RunError when the run's weights are missing.
+    An algorithm that fails is a row with its reason. `output` is written after every row, so that an interruption
+    loses one. Raises RunError when the run's weights are missing.
     """
     weights = tuned_weights(run) if run is not None else None
-    rows = tuple(_probe_one(config, plan, weights, listener) for config in configs)
     first = configs[0]
-    return ProbeReport(
+    report = ProbeReport(
         model=load_preset(first.model).name,
         reward=first.reward,
         seed=first.seed,
         weights="base" if run is None else str(run),
         sampler=plan.sampler,
-        rows=rows,
+        rows=(),
         command=command,
         commit=code_commit(),
     )
+    for config in configs:
+        report = replace(report, rows=(*report.rows, _probe_one(config, plan, weights, listener)))
+        if output is not None:
+            report.save(output)
+    return report
 
 
 def _probe_one(config: RunConfig, plan: ProbePlan, weights: dict[str, Any] | None, listener: ProbeListener) -> Probed:
@@ -265,7 +271,9 @@ def measure_updates(
     networks learn, the policy stays. After them nothing learns. Raises RunError where the warm-up has no end.
     """
     algorithm, reward, name = trainer.algorithm, trainer.reward, trainer.config.algorithm
-    plain, shuffled, images, first, warmup_images = [], [], 0, 0, 0
+    plain: list[torch.Tensor] = []
+    shuffled: list[torch.Tensor] = []
+    images = first = warmup_images = 0
     rewards_reach_it = "reward_grad" not in algorithm.info.needs  # else the loss itself computes them
     for group in trainer.updater.optimizer.param_groups:
         group["lr"] = 0.0
