@@ -14,16 +14,9 @@ from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.directions import worth
 from flowbench.evaluation.exact import exact_evaluation
 from flowbench.evaluation.exact_gradient import exact_gradient
-from flowbench.experiments.probe import (
-    ProbePlan,
-    measure_updates,
-    probe,
-    probe_configs,
-    sampling_path,
-    shuffle_rewards,
-    update_direction,
-)
+from flowbench.experiments.probe import ProbePlan, probe, probe_configs, sampling_path
 from flowbench.experiments.run import execute
+from flowbench.experiments.updates import measure_updates, shuffle_rewards, update_direction
 from flowbench.models.families.plane import exact_field
 from flowbench.models.flow import SAMPLERS
 from flowbench.models.policy import Policy
