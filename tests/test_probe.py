@@ -69,6 +69,7 @@ def test_the_true_gradient_is_the_slope_of_the_mean_reward_along_any_direction(
     parameters = policy.trainable_parameters()
     sizes, before = [p.numel() for p in parameters], [p.data.clone() for p in parameters]
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+
     def value() -> float:
         reward.scores.clear()
         true_gradient(policy, reward, prompts, request(policy, reward, prompts), tmp_path / "differences")

@@ -20,8 +20,8 @@ def probe(
     reward: Annotated[str | None, typer.Option(help=f"A differentiable reward; default {REWARD}.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {MODEL}.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Start from this run's weights.")] = None,
-    images: Annotated[int, typer.Option(min=16, help="Images of the true gradient.")] = 2048,
-    batches: Annotated[int, typer.Option(min=3, help="Batches of each algorithm.")] = 8,
+    images: Annotated[int, typer.Option(min=16, help="Images of the true gradient.")] = 8192,
+    batches: Annotated[int, typer.Option(min=3, help="Batches of each algorithm.")] = 12,
     warmup: Annotated[int, typer.Option(min=0, help="Iterations before, for the algorithm's own networks alone.")] = 0,
     sampler: Annotated[str, typer.Option(help="True gradient through the 'evaluation' or the 'own' sampler.")] = (
         "evaluation"

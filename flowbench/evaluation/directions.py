@@ -42,12 +42,12 @@ class Estimate:
 class Worth:
     """What the update of one batch of `images` images is worth.
 
-    projection: <E a, g> / (|g| rms |a|) in [-1, 1], what a step along one batch's update gains as a share of what a
-    step of the same length along the true gradient gains; cosine: of the mean update and the true gradient, in
-    [-1, 1]; bias: 1 - cosine^2, the share of the mean update's squared length that does not point along the true
-    gradient; noise: the images after which the noise of the mean update is as long as its signal; drift: |E s|^2 /
-    (|E s|^2 + |E (a - s)|^2) with s the update under shuffled rewards, in [0, 1]; cosine_without_drift: of E (a - s).
-    The last two are None where the rewards were not shuffled.
+    projection: <E a, g> / rms |a|, the gain of the mean reward per length of a step along one batch's update, in the
+    reward's units, whatever the loss's scale; cosine: of the mean update and the true gradient, in [-1, 1]; bias:
+    1 - cosine^2, the share of the mean update's squared length that does not point along the true gradient; noise: the
+    images after which the noise of the mean update is as long as its signal; drift: |E s|^2 / (|E s|^2 +
+    |E (a - s)|^2) with s the update under shuffled rewards, in [0, 1]; cosine_without_drift: of E (a - s). The last two
+    are None where the rewards were not shuffled.
     """
 
     images: int
@@ -109,7 +109,7 @@ def worth(
 
     return Worth(
         images=images,
-        projection=estimated(lambda k, j: _projection(whole, parts, k, j)),
+        projection=estimated(lambda k, j: _projection(whole, k, j)),
         cosine=estimated(lambda k, j: _cosine(whole, parts, k, j)),
         bias=estimated(lambda k, j: 1 - _cosine(whole, parts, k, j) ** 2),
         noise=_estimate(lambda k, j: images * _noise(whole.own, k), len(updates), 1),
@@ -151,9 +151,9 @@ def _cosine(products: Products, parts: np.ndarray, k: Counts, j: Counts) -> np.n
     return _ratio(_along(products, k, j), squared_length(products.own, k), squared_length(parts, j))
 
 
-def _projection(products: Products, parts: np.ndarray, k: Counts, j: Counts) -> np.ndarray:
+def _projection(products: Products, k: Counts, j: Counts) -> np.ndarray:
     with_noise = k @ np.diag(products.own) / k.sum(-1)
-    return _ratio(_along(products, k, j), with_noise, squared_length(parts, j))
+    return _along(products, k, j) / np.sqrt(np.where(with_noise > 0, with_noise, np.inf))
 
 
 def _noise(own: np.ndarray, k: Counts) -> np.ndarray:

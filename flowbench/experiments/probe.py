@@ -38,8 +38,8 @@ class ProbePlan:
     is a folder in flowbench's home.
     """
 
-    images: int = 2048
-    batches: int = 8
+    images: int = 8192
+    batches: int = 12
     warmup: int = 0
     sampler: Which = "evaluation"
     cache: Path | None = None
