@@ -65,6 +65,13 @@ CASES = {
         "unknown format 'pdf'",
     ),
     "check": Case(["jpeg"], "pass", ["jpge"], 2, "did you mean 'jpeg'"),
+    "probe": Case(
+        ["draft", "--model", "gaussian", "--reward", "linear", "--batches", "3"],
+        "true gradient through",
+        ["raft", "--reward", "jpeg"],
+        2,
+        "reward 'jpeg' has none, use for example 'clip'",
+    ),
     "doctor": Case([], "device", ["--absent"], 2, "No such option"),
     "testbed build": Case(
         ["--only", "clip", "--work", "work", "--output", "built"],

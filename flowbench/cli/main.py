@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from flowbench import __version__
+from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
 from flowbench.cli import testbed as cli_testbed
@@ -154,6 +155,7 @@ def leaderboard(
 
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
+app.command()(cli_probe.probe)
 
 
 @app.command()

@@ -291,20 +291,37 @@ def load_tuned(folder: Path, device: torch.device) -> tuple[Policy, RunConfig]:
 
     Raises UsageError for a folder that holds no run, RunError when its weights are missing.
     """
+    config, preset = run_config(folder)
+    weights = tuned_weights(folder)
+    policy = build_policy(config, preset, device)
+    policy.load_state_dict(weights)
+    return policy, config
+
+
+def run_config(folder: Path) -> tuple[RunConfig, ModelPreset]:
+    """A run's configuration, and the preset as it was then.
+
+    Raises UsageError for a folder that holds no run.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"'{folder}' is no run folder (it has no {CONFIG})")
-    config, preset = load_run_config(path)
+    return load_run_config(path)
+
+
+def tuned_weights(folder: Path) -> dict[str, Any]:
+    """The weights that a run evaluates, for `Policy.load_state_dict`.
+
+    Raises RunError when they are missing.
+    """
     checkpoint = folder / CHECKPOINT
     if not checkpoint.is_file():
         raise RunError(f"run '{folder}' has no checkpoint yet; continue it with --resume")
     from flowbench.training.state import load_state
 
-    policy = build_policy(config, preset, device)
     state = load_state(checkpoint)
     # The reference view of a run that uses "old" is not needed to sample from it.
-    policy.load_state_dict({"current": state["average"] or state["policy"]["current"]})
-    return policy, config
+    return {"current": state["average"] or state["policy"]["current"]}
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from flowbench.algorithm import Algorithm
@@ -68,17 +70,23 @@ class Updater:
 
         Raises RunError when the loss or its gradient is not finite.
         """
-        training, metrics = self.config.training, Metrics()
+        metrics = Metrics()
         self._iteration = iteration
+        for rows in self.minibatches(batch, iteration):
+            for name, value in self._step(rows).items():
+                metrics.add(name, value)
+        if self.config.training.anchor_decay is not None:
+            self.policy.update_view(ANCHOR, self.config.training.anchor_decay)
+        return metrics.means()
+
+    def minibatches(self, batch: Batch, iteration: int) -> Iterator[Batch]:
+        """The minibatches of iteration `iteration` in turn, with the policy's generator set for their draws."""
+        training = self.config.training
         self.policy.generator = generator_for(self.config.seed, "loss", iteration)
         order = generator_for(self.config.seed, "minibatches", iteration)
         for _ in range(training.epochs):
             for rows in Cut(training.minibatch, self.algorithm.whole_groups).parts(batch, shuffled(batch, order)):
-                for name, value in self._step(batch.select(rows)).items():
-                    metrics.add(name, value)
-        if training.anchor_decay is not None:
-            self.policy.update_view(ANCHOR, training.anchor_decay)
-        return metrics.means()
+                yield batch.select(rows)
 
     def gradient(self, batch: Batch, microbatch: int | None) -> tuple[dict[str, float], bool]:
         """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
