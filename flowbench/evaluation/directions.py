@@ -96,22 +96,18 @@ def worth(
     parts = inner_products(truth, truth)
     if not squared_length(parts, np.ones(len(truth))) > 0:
         raise RunError("the true gradient is not told apart from its noise; raise --images")
-    whole = _products(updates, truth)
-    drift, rest = None, None
+    whole, drift, rest = _products(updates, truth), None, None
     if shuffled is not None:
         rewarded = [a - s for a, s in zip(updates, shuffled, strict=True)]
         remains, driven = inner_products(shuffled, shuffled), _products(rewarded, truth)
         drift = _estimate(lambda k, j: _share(remains, driven.own, k), len(updates), 1)
-        rest = _estimate(lambda k, j: _cosine(driven, parts, k, j), len(updates), len(truth))
-
-    def estimated(statistic: Statistic) -> Estimate:
-        return _estimate(statistic, len(updates), len(truth))
-
+        rest = _estimate(lambda k, j: _cosine(driven, parts, k, j), len(updates), len(truth), bound=1)
+    cosine = _estimate(lambda k, j: _cosine(whole, parts, k, j), len(updates), len(truth), bound=1)
     return Worth(
         images=images,
-        projection=estimated(lambda k, j: _projection(whole, k, j)),
-        cosine=estimated(lambda k, j: _cosine(whole, parts, k, j)),
-        bias=estimated(lambda k, j: 1 - _cosine(whole, parts, k, j) ** 2),
+        projection=_estimate(lambda k, j: _projection(whole, k, j), len(updates), len(truth)),
+        cosine=cosine,
+        bias=_bias(cosine),
         noise=_estimate(lambda k, j: images * _noise(whole.own, k), len(updates), 1),
         drift=drift,
         cosine_without_drift=rest,
@@ -140,15 +136,21 @@ def _along(products: Products, k: Counts, j: Counts) -> np.ndarray:
     return np.einsum("...i,ij,...j", k, products.truth, j) / (k.sum(-1) * j.sum(-1))
 
 
-def _ratio(along: np.ndarray, squares: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """along / sqrt(squares other) in [-1, 1]; +-1 where a length is not told from 0, so that any angle is possible."""
+def _cosine(products: Products, parts: np.ndarray, k: Counts, j: Counts) -> np.ndarray:
+    """In [-1, 1]; +-infinity where a length is not told from 0."""
+    along, squares, other = _along(products, k, j), squared_length(products.own, k), squared_length(parts, j)
     told = (squares > 0) & (other > 0)
     lengths = np.sqrt(np.where(told, squares, 1) * np.where(told, other, 1))
-    return np.where(told, np.clip(along / lengths, -1, 1), np.sign(along))
+    return np.where(told, np.clip(along / lengths, -1, 1), np.where(along < 0, -np.inf, np.inf))
 
 
-def _cosine(products: Products, parts: np.ndarray, k: Counts, j: Counts) -> np.ndarray:
-    return _ratio(_along(products, k, j), squared_length(products.own, k), squared_length(parts, j))
+def _bias(cosine: Estimate) -> Estimate:
+    """1 - cosine^2, over the cosine's interval."""
+    value = None if cosine.value is None else 1 - cosine.value**2
+    if cosine.low is None or cosine.high is None:
+        return Estimate(value, None, None)
+    squares = cosine.low**2, cosine.high**2
+    return Estimate(value, 1 - max(squares), 1 if cosine.low <= 0 <= cosine.high else 1 - min(squares))
 
 
 def _projection(products: Products, k: Counts, j: Counts) -> np.ndarray:
@@ -167,8 +169,11 @@ def _share(remains: np.ndarray, driven: np.ndarray, k: Counts) -> np.ndarray:
     return drift / np.where(drift + signal > 0, drift + signal, np.nan)
 
 
-def _estimate(statistic: Statistic, batches: int, parts: int) -> Estimate:
-    """The statistic of all batches and parts, with its interval over resamples of both."""
+def _estimate(statistic: Statistic, batches: int, parts: int, bound: float = np.inf) -> Estimate:
+    """The statistic of all batches and parts, with its interval over resamples of both.
+
+    Resamples beyond +-bound, which are undetermined, count as +-bound: the interval then says that all is possible.
+    """
 
     def of_rows(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
         counted = [(r[..., None] == np.arange(n)).sum(-2) for r, n in zip(rows, (batches, parts), strict=False)]
@@ -186,6 +191,6 @@ def _estimate(statistic: Statistic, batches: int, parts: int) -> Estimate:
             method="percentile",
             rng=np.random.default_rng(0),
         ).bootstrap_distribution
-    drawn = drawn[~np.isnan(drawn)]
+    drawn = drawn[~np.isnan(drawn)].clip(-bound, bound)
     ends = np.quantile(drawn, (0.025, 0.975), method="nearest") if len(drawn) else (np.nan, np.nan)
     return Estimate(*(float(x) if np.isfinite(x) else None for x in (of_rows(*samples), *ends)))

@@ -27,7 +27,7 @@ def cells(row: Probed) -> tuple[str, ...]:
         row.algorithm,
         row.tuning,
         f"{row.batches} x {found.images}{warmup}",
-        _interval(found.projection, "+.2g"),
+        _interval(found.projection, "+.3g"),
         f"{1000 * found.projection_per_image:+.2g}",
         _interval(found.cosine, "+.2f"),
         _interval(found.bias, ".2f"),
