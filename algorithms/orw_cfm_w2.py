@@ -49,7 +49,6 @@ from flowbench.models.policy import Policy
 from flowbench.toolkit.defaults import MINI_SD3_LORA
 from flowbench.toolkit.matching import renoised
 
-
 PLANE: Mapping[str, Any] = {"sigma_distribution": "uniform", "epochs": 8, "ema": 0.98}
 
 

@@ -53,8 +53,8 @@ def check_warmup(config: RunConfig) -> None:
     if warmup >= training.iterations:
         least = (warmup + 1) * training.images_per_iteration
         raise UsageError(
-            f"training.images is {training.images}, all of which is {config.algorithm}'s warm-up of {warmup} iterations; "
-            f"use {least} or more, or a smaller algorithm.warmup"
+            f"training.images is {training.images}, all of which is {config.algorithm}'s warm-up of {warmup} "
+            f"iterations; use {least} or more, or a smaller algorithm.warmup"
         )
 
 

@@ -8,7 +8,7 @@ from flowbench.conformance.bench import AlgorithmBench
 from flowbench.conformance.verdict import Verdict, failed, passed, skipped
 from flowbench.evaluation.exact import COARSE_SPACING, exact_evaluation, quadratic_form
 from flowbench.models.families.plane import exact_field
-from flowbench.testbeds.plane.density import Point
+from flowbench.testbeds.plane.density import Point, QuadraticForm
 from flowbench.training.trainer import Trainer
 
 MODEL = "mixture"
@@ -27,18 +27,15 @@ class Ending:
     @property
     def moves(self) -> tuple[float, float]:
         """By how much gain and KL changed, as shares of the last."""
-        return tuple(
-            abs(b - a) / max(abs(b), 1e-9)
-            for a, b in ((self.before.reward, self.last.reward), (self.before.kl, self.last.kl))
-        )
+        return _move(self.before.reward, self.last.reward), _move(self.before.kl, self.last.kl)
 
 
-def ending(trainer: Trainer) -> Ending | None:
+def ending(trainer: Trainer, reward: QuadraticForm) -> Ending | None:
     """Train on an analytic model to the end of the budget; None if the weights leave all that has a density.
 
     Points are exact, and those of the averaged weights, where the run keeps an average.
     """
-    exact = exact_evaluation(trainer.policy, quadratic_form(trainer.reward), spacing=COARSE_SPACING)
+    exact = exact_evaluation(trainer.policy, reward, spacing=COARSE_SPACING)
     base, fifth = exact.frontier(0.0).base, max(1, trainer.iterations // 5)
     path: list[Point | None] = []
 
@@ -56,6 +53,10 @@ def ending(trainer: Trainer) -> Ending | None:
     return Ending(_mean(points[:fifth], base), _mean(points[fifth:], base))
 
 
+def _move(before: float, last: float) -> float:
+    return abs(last - before) / max(abs(last), 1e-9)
+
+
 def _mean(points: list[Point], base: float) -> Point:
     n = len(points)
     return Point(sum(p.reward for p in points) / n - base, sum(p.kl for p in points) / n)
@@ -63,12 +64,12 @@ def _mean(points: list[Point], base: float) -> Point:
 
 def it_comes_to_rest(bench: AlgorithmBench) -> Verdict:
     """With a linear reward on the mixture, the path ends at a fixed point, if the class declares itself anchored."""
-    if not bench.plugin.cls.anchored:
-        return skipped("it does not declare that its formula anchors it")
     if bench.observed.fault:
         return skipped(f"its run ended early: {bench.observed.fault[1]}")
+    if not bench.plugin.cls.anchored:
+        return skipped("it does not declare that its formula anchors it")
     plane = AlgorithmBench(bench.name, MODEL, bench.folder / MODEL)
-    found = ending(plane.trainer(plane.config({})))
+    found = ending(plane.trainer(plane.config({})), quadratic_form(plane.reward))
     if found is None:
         return failed(f"on {MODEL} it leaves all that has a density")
     reward, kl = found.moves

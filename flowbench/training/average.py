@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+
 class WeightAverage:
     """average = d average + (1 - d) weights after the n-th step, with d = min(decay, (1 + n) / (10 + n)).
 

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import Any
 
 import pytest
 import torch
 
+from flowbench.conformance.rest import ending
 from flowbench.evaluation.exact import exact_evaluation, sampled_gaussian
 from flowbench.models.families.plane import exact_field
 from flowbench.models.families.plane_field import VelocityField
 from flowbench.models.policy import Policy
+from flowbench.scoring.combination import WeightedSum
+from flowbench.terms import parse_reward
 from flowbench.testbeds.plane.density import Gaussian, Point, QuadraticForm
 from flowbench.training.trainer import Trainer
 
-NODES, ROUNDS = 96, 40
+Form = Callable[..., QuadraticForm]
+NODES, ROUNDS = 48, 30
 
 
 def regression(field: VelocityField, samples: Gaussian, reward: QuadraticForm, tau: float, alpha: float) -> None:
     """Set the field to the exact minimiser of ORW's objective on these samples, among fields affine in x.
 
     With w / E[w] the weighted samples are the tilted Gaussian, with mass 1; every expectation is that of a Gaussian.
-    Sigmas are the quantiles of the standard logit-normal.
+    Sigmas are the midpoints of equal parts of [0, 1].
     """
     reference, correction = field.density, field.correction
     assert isinstance(reference, Gaussian)
     tilted, eye = samples.tilt(reward, 1 / tau), torch.eye(2).double()
     matrix, right = torch.zeros(18, 18).double(), torch.zeros(18, 2).double()
     for k in range(NODES):
-        s = torch.tensor([NormalDist().inv_cdf((k + 0.5) / NODES)]).double().sigmoid()
+        s = torch.tensor([(k + 0.5) / NODES]).double()
         basis = correction.basis(s)[0]
         v_ref = reference.velocity(torch.cat([torch.zeros(1, 2).double(), eye]), s.expand(3))
         v_ref = torch.cat([v_ref[:1], v_ref[1:] - v_ref[:1]])  # (1, x) v_ref
@@ -50,15 +53,50 @@ def regression(field: VelocityField, samples: Gaussian, reward: QuadraticForm, t
     correction.gain.data = solution[:, 1:].mT
 
 
-def fixed_point(policy: Policy, reward: QuadraticForm, tau: float, alpha: float) -> Point:
-    """Where samples and regression no longer move each other."""
+def fixed_point(policy: Policy, reward: QuadraticForm, tau: float, alpha: float, standardized: bool) -> Point:
+    """Where samples and regression no longer move each other; its reward is the gain.
+
+    Standardized rewards have a deviation of 1 there: a long run's deviation is that of the samples it rests at.
+    """
     field, sigmas = exact_field(policy), policy.sigmas(policy.preset.num_steps).double()
     evaluation = exact_evaluation(policy, reward)
-    before = Point(0.0, 0.0)
+    base, rewards = evaluation.frontier(0.0).base, [0.0]
     for _ in range(ROUNDS):
-        regression(field, sampled_gaussian(field, sigmas), reward, tau, alpha)
+        samples = sampled_gaussian(field, sigmas)
+        unit = (reward.linear @ samples.covariance @ reward.linear).sqrt().item() if standardized else 1.0
+        regression(field, samples, reward, tau / unit, alpha)
         point = evaluation.point(field)
         assert point is not None
-        before, change = point, abs(point.reward - before.reward) + abs(point.kl - before.kl)
-    assert change < 1e-6
-    return before
+        rewards.append(point.reward)
+    assert abs(rewards[-1] - rewards[-2]) < 1e-3 * rewards[-1]
+    return Point(point.reward - base, point.kl)
+
+
+STANDARDIZED: dict[str, Any] = {
+    "training__reward_scale": "standardized",
+    "algorithm__tau": 1.0,
+    "algorithm__alpha": 1.0,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, STANDARDIZED], ids=["defaults", "standardized"])
+def test_orw_comes_to_rest_where_theory_says(
+    make_analytic_trainer: Callable[..., Trainer],
+    make_analytic_policy: Callable[..., Policy],
+    form: Form,
+    settings: dict[str, Any],
+):
+    """The mean over a run's last fifth against the fixed point of exact regressions on exact samples.
+
+    Over five seeds that mean had a deviation of 4 % in E[r] and 8 % in KL, so that 15 % and 30 % are allowed.
+    """
+    trainer = make_analytic_trainer("orw-cfm-w2", **settings)
+    if settings:
+        trainer.reward = WeightedSum(parse_reward("linear"), {"linear": trainer.reward}, standardized=True)
+        trainer.collector.reward = trainer.reward
+    end, reward = ending(trainer, form("linear")), form("linear")
+    assert end is not None
+    config = trainer.algorithm.cfg
+    theory = fixed_point(make_analytic_policy(), reward, config.tau, config.alpha, bool(settings))
+    assert end.last.reward == pytest.approx(theory.reward, rel=0.15)
+    assert end.last.kl == pytest.approx(theory.kl, rel=0.3)

@@ -33,7 +33,8 @@ def dry_run(config: RunConfig) -> None:
     evaluation = 2 * splits_ * config.evaluation.prompts * config.evaluation.images_per_prompt
     console.print(
         f"cost: {t.images} training images ({t.images * per_image} function evaluations to sample them) in "
-        f"{t.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; at most {evaluation} images to evaluate"
+        f"{t.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; "
+        f"at most {evaluation} images to evaluate"
     )
 
 
