@@ -90,6 +90,9 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         anchor_decay: float | None = Field(None, ge=0, lt=1, description="v_ref is the policy's average of this decay")
         control_variate: bool = Field(False, description="subtract w mean_d (v - v_ref)^2 from the loss")
 
+        def warmup_iterations(self) -> int:
+            return 0 if self.critic == "none" else self.warmup
+
     cfg: Config
     # Found in runs of one to five seeds: docs/mini-sd3-search.md.
     defaults: ClassVar = {

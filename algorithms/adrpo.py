@@ -11,6 +11,9 @@ Deviations and choices where the source leaves them open (no code is public):
    0.02 need a beta0 of that order. The default 1 is flowbench's own.
 2. The paper's baseline is a value of the prompt; here, as in its experiments with groups, the mean of the prompt's
    images.
+3. Samples come from the current model while the pull goes to the fixed reference, with strength beta0 - A that is
+   negative for the best images. With centred advantages the minimiser's distance from the reference grows with the
+   spread of the samples: under a reward without bound it follows the frontier outward (docs/algorithms/adrpo.md).
 """
 
 from __future__ import annotations

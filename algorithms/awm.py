@@ -5,16 +5,21 @@
     loss = max(-A rho, -A clip(rho, 1 - eps, 1 + eps))
            + beta mean_d (v - v_ref)^2 + beta_average mean_d (v - v_average)^2
 
-Defaults are those of the reference code's SD3.5 compositional run (scxue/advantage_weighted_matching, dgx_awm.py).
+Defaults are those of the reference code's SD3.5 compositional run (scxue/advantage_weighted_matching,
+config/dgx_awm.py, geneval_sd3_no_cfg). Nothing anchors it but the pull of weight beta: under a reward without bound it
+follows the frontier outward (docs/algorithms/awm.md).
 
 Deviations from the paper and that code:
 1. logp_old is that of the weights at the iteration's start, evaluated beside logp; the code stores it beforehand, and
    takes logp itself where an iteration has one optimizer step. The paper reports p = 1 without sigma ("Uniform") as
    best, the code's default is the Huber form: `power` null or 0.25.
-2. Sigmas come from `training.sigma_distribution`; the code draws them from strata of the sampler's steps.
+2. Sigmas come from `training.sigma_distribution`, on SD3 from all the sampler's steps. The code draws one from each of
+   6 strata of steps 1 to 11 of 14, the same for a whole batch: it leaves out sigma 1 and the last two steps (for
+   PickScore only these two).
 3. Samples come from the ODE sampler instead of SA-Solver.
-4. The average's decay rises by `average_ramp` per iteration; the code counts optimizer steps, of which it makes one or
-   two per iteration.
+4. The average's decay rises by `average_ramp` per iteration; the code counts optimizer steps, of which it makes one per
+   iteration in these runs.
+5. On mini-sd3 beta stays at 0.003, the code's weight for OCR, with which its settings were found.
 """
 
 from __future__ import annotations
@@ -47,15 +52,17 @@ class Awm(TrailingMatching["Awm.Config"]):
         clip_range: float = Field(1.0, gt=0, description="eps; reference code")
         advantage_clip: float = Field(5.0, gt=0, description="bound on |A| before it is scaled to 1; reference code")
         power: float | None = Field(0.25, gt=0, description="of the generalised Huber form; null is plain; reference")
-        beta: float = Field(0.003, ge=0, description="pull to the reference; reference code, compositional reward")
+        beta: float = Field(
+            0.001, ge=0, description="pull to the reference; reference code, compositional reward (0.003 for OCR)"
+        )
         beta_average: float = Field(1.0, ge=0, description="pull to the average of past weights; reference code")
         average_decay: float = Field(0.3, ge=0, lt=1, description="largest decay of the average; reference code")
         average_ramp: float = Field(0.001, gt=0, description="growth of that decay per iteration; reference code")
 
     cfg: Config
     defaults: ClassVar = {
-        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4}),  # docs/mini-sd3-search.md
-        # scxue/advantage_weighted_matching, config/dgx_awm.py, geneval_sd3_no_cfg (pickscore has beta 1e-4).
+        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "beta": 0.003}),  # docs/mini-sd3-search.md
+        # scxue/advantage_weighted_matching, config/dgx_awm.py, geneval_sd3_no_cfg (beta: OCR 0.003, PickScore 1e-4).
         "sd3.5-medium": Defaults(
             {
                 "num_steps": 14,
@@ -65,12 +72,12 @@ class Awm(TrailingMatching["Awm.Config"]):
                 "minibatch": 10368,  # one optimizer step per iteration
                 "ema": 0.99,
             },
-            {"beta": 0.003, "beta_average": 1.0, "power": 0.25, "states_per_image": 6},
+            {"beta": 0.001, "beta_average": 1.0, "power": 0.25, "states_per_image": 6},
         ),
     }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,
-        "algorithm.beta": LogUniform(3e-4, 3e-2),  # 0.003: reference code, compositional reward
+        "algorithm.beta": LogUniform(1e-4, 1e-2),  # 0.001: reference code, compositional reward
         "algorithm.beta_average": LogUniform(0.1, 10.0),  # 1: reference code
     }
 

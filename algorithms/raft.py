@@ -8,7 +8,9 @@ Deviations from the paper (which has no code for flows):
    prediction loss, on samples of the same kind.
 2. The paper keeps the best 1 of K samples; here K is the group size of the run (4 by default), and `share` 0.25.
 3. One pass per iteration on fresh samples, where the paper collects a large set per stage.
-4. The paper's optional KL penalty to the initial model is the velocity's distance to the reference, off by default.
+4. Each round moves the samples to their best, so that with `alpha` 0 nothing stops it before the images of a prompt are
+   alike: it follows the frontier outward (docs/algorithms/raft.md).
+5. The paper's optional KL penalty to the initial model is the velocity's distance to the reference, off by default.
 """
 
 from __future__ import annotations

@@ -3,11 +3,16 @@
     t    = one random late step of the sampler, reached without gradient
     loss = lambda relu(2 - r(decode(x0_hat), c)),   x0_hat = x_sigma - sigma v(x_sigma, sigma, c)
 
-Deviations from the paper and its reference code (THUDM/ImageReward):
-1. The late steps are the last share `late` of the sampler's steps instead of steps 30 to 40 of 40.
+Deviations from the paper and its reference code (THUDM/ImageReward, ImageReward/ReFL.py, Stable Diffusion 1.4):
+1. The late steps are the last share `late` of the sampler's steps; the code has the last 10 of 40.
 2. The step is drawn per image instead of per batch.
-3. The pre-training loss on real images is replaced by the velocity's distance to the reference, with weight `alpha`;
-   the reference trains on image-text pairs, which a benchmark of reward fine-tuning does not have. Default 0.
+3. The paper adds a pre-training loss on image-text pairs, which a benchmark of reward fine-tuning does not have; its
+   code leaves that loss out too. The velocity's distance to the reference, with weight `alpha`, can stand for it.
+   Default 0: then nothing pulls to the reference.
+4. The code samples and trains without guidance. Here both follow `training.guidance_scale`, by default the model's own
+   scale; 1 is as in the code.
+5. The margin 2 and lambda 1e-3 are the code's, for ImageReward's scale (deviation 1); CLIP scores never reach it.
+6. Learning rate, decay and batch are the run's own (code: AdamW 1e-5, decay 1e-2, 2 images x 4 accumulated).
 """
 
 from __future__ import annotations
@@ -39,7 +44,9 @@ class Refl(Algorithm["Refl.Config"]):
     class Config(AlgorithmConfig):
         scale: float = Field(1e-3, gt=0, description="lambda; reference code")
         margin: float = Field(2.0, description="rewards above it have no gradient; reference code")
-        late: float = Field(0.3, gt=0, le=1, description="share of the sampler's steps that count as late")
+        late: float = Field(
+            0.25, gt=0, le=1, description="share of the sampler's steps that count as late; reference code: 10 of 40"
+        )
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2")
 
     cfg: Config

@@ -41,6 +41,10 @@ class AlgorithmConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def warmup_iterations(self) -> int:
+        """How many iterations pass before the policy's first update: the field `warmup`, if there is one."""
+        return int(getattr(self, "warmup", 0))
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -174,7 +178,8 @@ class Algorithm(Generic[C]):
     `score` is the run's reward as a function of images (B, 3, H, W) and prompts; differentiable if the algorithm
     declares the need "reward_grad". `ablations` lists the variants that `flowbench ablate` compares with the default,
     each as the hyperparameters that it changes. `whole_groups` declares that rows of a group must never be cut apart,
-    neither by minibatches nor by microbatches.
+    neither by minibatches nor by microbatches. `anchored` declares that the formula itself pulls to the reference, so
+    strongly that training comes to rest under any reward; `flowbench check` tries that.
 
     `defaults` are its settings by the name of a model, {"mini-sd3": Defaults(...)}; they stand between those of the
     model's preset and the user's. `search_space` says what a search may vary, by a setting's full name
@@ -192,6 +197,7 @@ class Algorithm(Generic[C]):
     defaults: ClassVar[Mapping[str, Defaults]] = {}
     search_space: ClassVar[Mapping[str, Dimension]] = COMMON_SEARCH_SPACE
     whole_groups: ClassVar[bool] = False
+    anchored: ClassVar[bool] = False
 
     def __init__(self, config: C, score: RewardFunction = no_score) -> None:
         self.cfg = config

@@ -16,7 +16,7 @@ from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import choose_prompts, locate
 from flowbench.prompts.needs import check_run
 from flowbench.registry import algorithms, rewards
-from flowbench.requirements import check_domain, check_judges, check_needs, check_window
+from flowbench.requirements import check_domain, check_judges, check_needs, check_warmup, check_window
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
 if TYPE_CHECKING:
@@ -77,9 +77,29 @@ class TrainingConfig(_Section):
         None, ge=0, lt=1, description="the loss's reference is the policy's average of this decay per iteration"
     )
     ema: float = Field(
-        0.0, ge=0, lt=1, description="decay of the average of the tuned weights that is evaluated; 0 is none"
+        0.0, ge=0, lt=1, description="largest decay of the average of the tuned weights that is evaluated; 0 is none"
     )
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
+
+    @property
+    def images_per_iteration(self) -> int:
+        """Images that one iteration generates."""
+        return self.prompts_per_iteration * self.images_per_prompt
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations the budget is.
+
+        Raises UsageError for a budget that is no whole number of them, with the nearest that are.
+        """
+        count, rest = divmod(self.images, self.images_per_iteration)
+        if rest:
+            nearest = [n * self.images_per_iteration for n in (count, count + 1) if n]
+            raise UsageError(
+                f"training.images is {self.images}, but an iteration makes {self.prompts_per_iteration} prompts x "
+                f"{self.images_per_prompt} images; use {' or '.join(map(str, nearest))}"
+            )
+        return count
 
 
 class EvaluationConfig(_Section):
@@ -213,6 +233,7 @@ def resolve_config(
     check_domain(config, preset, combined_info(terms).domain)
     check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
     check_window(config, preset)
+    check_warmup(config)
     check_judges(config.evaluation, config.reward)
     trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
     check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)

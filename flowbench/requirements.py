@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from flowbench.errors import UsageError
 from flowbench.models.presets import AnalyticPreset, ModelPreset
-from flowbench.registry import rewards
+from flowbench.registry import algorithms, rewards
 from flowbench.terms import term_names
 
 if TYPE_CHECKING:
     from flowbench.config import EvaluationConfig, RunConfig
+
+WARMUP_SHARE = 0.2  # of a budget, above which a run is warned of it
+
+logger = logging.getLogger("flowbench")
 
 
 def check_domain(config: RunConfig, preset: ModelPreset, domain: str) -> None:
@@ -34,6 +39,33 @@ def check_needs(needs: frozenset[str], config: RunConfig, without_gradient: list
         raise UsageError(
             f"{config.algorithm} needs the reward's gradient; reward '{without_gradient[0]}' has none, "
             "use for example 'clip'"
+        )
+
+
+def warmup_iterations(config: RunConfig) -> int:
+    """How many of a run's iterations pass before the policy's first update."""
+    return algorithms.get(config.algorithm).cls.Config.model_validate(config.hyperparameters).warmup_iterations()
+
+
+def check_warmup(config: RunConfig) -> None:
+    """Raise UsageError for a budget that is no whole number of iterations, or none but the algorithm's warm-up."""
+    training, warmup = config.training, warmup_iterations(config)
+    if warmup >= training.iterations:
+        least = (warmup + 1) * training.images_per_iteration
+        raise UsageError(
+            f"training.images is {training.images}, all of which is {config.algorithm}'s warm-up of {warmup} "
+            f"iterations; use {least} or more, or a smaller algorithm.warmup"
+        )
+
+
+def warn_of_warmup(config: RunConfig) -> None:
+    """Log a warning where the warm-up is more than a fifth of the budget."""
+    warmup, iterations = warmup_iterations(config), config.training.iterations
+    if warmup > WARMUP_SHARE * iterations:
+        logger.warning(
+            "the warm-up of %s is %d of %d iterations, more than a fifth; a larger training.images or a smaller "
+            "algorithm.warmup leaves more for learning",
+            *(config.algorithm, warmup, iterations),
         )
 
 

@@ -18,7 +18,7 @@ from flowbench.experiments.reevaluate import Evaluation
 from flowbench.record import Record
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PLANE = {"model": "gaussian", "reward": "linear", "images": 64, "device": "cpu"}
+PLANE = {"model": "gaussian", "reward": "linear", "images": 256, "device": "cpu"}
 FEW = {"evaluation.prompts": 2, "evaluation.images_per_prompt": 2, "training.microbatch": None}
 OWN = {"settings", "plugin", "plugins", "dry_run", "listener", "progress"}  # spelled as each side is used
 
@@ -57,7 +57,7 @@ def test_the_readmes_example_runs_and_gives_typed_results(
     lines = [line for line in code.splitlines() if line.strip()]
     assert lines[0] == "import flowbench"
     assert len(lines) <= 6
-    tiny = re.sub(r"images=\d+", "images=64", code)
+    tiny = re.sub(r"images=\d+", "images=2560", code)
     assert tiny != code
     names: dict[str, object] = {}
     exec(compile(tiny, "README.md", "exec"), names)
@@ -86,9 +86,9 @@ def test_a_configuration_file_comes_before_defaults_and_arguments_before_it(tmp_
 
     file = tmp_path / "mine.yaml"
     file.write_text("reward: jpeg\nseed: 9\ntraining: {images: 64, learning_rate: 1e-3}\n", encoding="utf-8")
-    config = resolve("raft", config=file, images=8, settings={"training.learning_rate": 2e-3})
+    config = resolve("raft", config=file, images=128, settings={"training.learning_rate": 2e-3})
     assert (config.reward, config.model, config.seed) == ("jpeg", "mini-sd3", 9)
-    assert (config.training.images, config.training.learning_rate) == (8, 2e-3)
+    assert (config.training.images, config.training.learning_rate) == (128, 2e-3)
     assert resolve("raft", config=file, seed=0).seed == 0
 
 

@@ -108,7 +108,7 @@ def test_an_algorithms_settings_for_one_reward_hold_for_that_reward_alone():
     general, special = (resolve_config("acflow", reward, "mini-sd3", overrides={}) for reward in ("clip", "oracle"))
     assert special.training.images > general.training.images
     assert special.hyperparameters["alpha"] > general.hyperparameters["alpha"]
-    assert resolve_config("acflow", "oracle", "mini-sd3", overrides={"training.images": 64}).training.images == 64
+    assert resolve_config("acflow", "oracle", "mini-sd3", overrides={"training.images": 640}).training.images == 640
 
 
 def test_an_option_that_came_later_leaves_older_hashes_as_they_were(scheduler_grid: None):
@@ -123,12 +123,12 @@ def test_an_option_that_came_later_leaves_older_hashes_as_they_were(scheduler_gr
 
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):
     content = load_preset("mini-sd3").model_dump() | {"name": "mine"}
-    content["training"] = {"images": 111, "minibatch": 7}
+    content["training"] = {"images": 448, "minibatch": 7}
     content["algorithms"] = {"acflow": {"training": {"minibatch": 9}, "algorithm": {"tau": 3.0, "alpha": 0.25}}}
     path = tmp_path / "model.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     config = resolve_config("acflow", "jpeg", str(path), overrides={"algorithm.tau": 4.0})
-    assert (config.training.images, config.training.minibatch) == (111, 9)
+    assert (config.training.images, config.training.minibatch) == (448, 9)
     assert (config.hyperparameters["tau"], config.hyperparameters["alpha"]) == (4.0, 0.25)
 
 
@@ -143,7 +143,7 @@ def test_the_hash_ignores_seed_and_device_and_nothing_else(tiny_config: MakeConf
     others = [
         tiny_config(reward="oracle"),
         tiny_config(algorithm="orw-cfm-w2"),
-        tiny_config(overrides={"training.images": 33}),
+        tiny_config(overrides={"training.images": 48}),
         tiny_config(overrides={"evaluation.seed": 1}),
         tiny_config(overrides={"algorithm.tau": 0.123}),
     ]

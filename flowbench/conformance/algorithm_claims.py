@@ -14,6 +14,7 @@ from flowbench.config import resolve_config
 from flowbench.conformance.bench import PATIENCE, AlgorithmBench, difference, finished, state
 from flowbench.conformance.declarations import declaration_fault
 from flowbench.conformance.learning import t_interval
+from flowbench.conformance.rest import it_comes_to_rest
 from flowbench.conformance.row_claims import loss_is_a_function_of_rows
 from flowbench.conformance.verdict import Claim, Finding, Verdict, examine, failed, passed, skipped
 from flowbench.conformance.watch import LossCall, Part
@@ -210,4 +211,5 @@ CLAIMS: tuple[Claim[AlgorithmBench], ...] = (
     Claim("the same seed gives the same run", the_seed_decides),
     Claim("it improves a linear reward", it_improves_the_reward),
     Claim("it stays within the frontier", it_respects_the_frontier),
+    Claim("it comes to rest, if anchored", it_comes_to_rest),
 )

@@ -141,7 +141,8 @@ class AlgorithmBench:
     @cached_property
     def learned(self) -> list[Learned]:
         """Runs on the linear reward with the model's defaults and a share of its budget, one per seed."""
-        images = self.config({}).training.images // BUDGET_SHARE
+        training = self.config({}).training
+        images = training.iterations // BUDGET_SHARE * training.images_per_iteration
         configs = [self.config({"training.images": images}, seed) for seed in range(SEEDS)]
         return [measure(self.trainer(config), self.policy(config), self.reward) for config in configs]
 

@@ -46,13 +46,14 @@ def resolve(
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
     from flowbench.config import read_config_file, resolve_config
+    from flowbench.requirements import warn_of_warmup
 
     _load(plugins)
     given = read_config_file(Path(config)) if config else {}
     given.pop("algorithm", None)
     plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
     budget = {} if images is None else {"training.images": images}
-    return resolve_config(
+    resolved = resolve_config(
         algorithm,
         reward or plain["reward"] or REWARD,
         model or plain["model"] or MODEL,
@@ -61,6 +62,8 @@ def resolve(
         device=device if device != DEVICE else plain["device"] or DEVICE,
         prompts=prompts or plain["prompts"],
     )
+    warn_of_warmup(resolved)
+    return resolved
 
 
 def run(

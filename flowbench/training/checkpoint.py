@@ -27,7 +27,8 @@ def save_checkpoint(trainer: Trainer) -> None:
         "iteration": trainer.iteration,
         "budget": asdict(trainer.budget),
         "policy": trainer.policy.state_dict(),
-        "average": updater.average,
+        "average": updater.average.weights,
+        "average_steps": updater.average.steps,
         "optimizers": optimizers,
         "networks": {name: n.state_dict() for name, n in algorithm.networks().items()},
         "algorithm": algorithm.state_dict(),
@@ -51,7 +52,8 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.iteration, trainer.budget = state["iteration"], Budget(**state["budget"])
     policy.load_state_dict(state["policy"])
     policy.function_evaluations = trainer.budget.function_evaluations
-    updater.average = [a.to(policy.device) for a in state["average"]]
+    updater.average.weights = [a.to(policy.device) for a in state["average"]]
+    updater.average.steps = state["average_steps"]
     updater.optimizer.load_state_dict(state["optimizers"][0])
     if updater.auxiliary_optimizer:
         updater.auxiliary_optimizer.load_state_dict(state["optimizers"][1])

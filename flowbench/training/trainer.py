@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -63,8 +62,7 @@ class Trainer:
         self.probe: Callable[[int], dict[str, float]] = lambda iteration: {}
         self.observe: Callable[[Rollout], dict[str, float]] = lambda rollout: {}
         self.budget, self.iteration = Budget(), 0
-        training = config.training
-        self.iterations = math.ceil(training.images / (training.prompts_per_iteration * training.images_per_prompt))
+        self.iterations = config.training.iterations
         algorithm.setup(policy)
         algorithm.score = self._counted(algorithm.score)
         for network in algorithm.networks().values():

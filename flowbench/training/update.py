@@ -12,6 +12,7 @@ from flowbench.errors import RunError
 from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
+from flowbench.training.average import WeightAverage
 from flowbench.training.rows import Cut, compared, drawn, shuffled
 
 
@@ -41,7 +42,7 @@ def _mean(parts: list[tuple[float, int]]) -> float:
 class Updater:
     """Trains the policy, and the algorithm's own networks, on batches of rows.
 
-    average: the running average of the trained weights, empty if the run keeps none.
+    average: the running average of the trained weights.
     """
 
     def __init__(self, config: RunConfig, policy: Policy, algorithm: Algorithm) -> None:
@@ -60,7 +61,7 @@ class Updater:
             if self.auxiliary_parameters
             else None
         )
-        self.average = [p.detach().clone() for p in self.parameters] if training.ema else []
+        self.average = WeightAverage(self.parameters, training.ema)
         if training.anchor_decay is not None:
             policy.add_view(ANCHOR)
         self._iteration = 0
@@ -119,8 +120,7 @@ class Updater:
                 self._extra_auxiliary_step(batch, self.auxiliary_optimizer)
         if updates_policy:
             self.algorithm.after_update(self.policy)
-            if self.average:
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.config.training.ema)
+            self.average.step()
         return metrics
 
     def _drawn(self, batch: Batch) -> Batch:
@@ -167,5 +167,4 @@ class Updater:
 
     def use_average(self) -> None:
         """Put the averaged weights, if the run keeps them, in place of the current ones, for evaluation."""
-        for p, a in zip(self.parameters, self.average, strict=False):
-            p.data.copy_(a)
+        self.average.use()

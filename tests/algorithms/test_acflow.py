@@ -79,7 +79,9 @@ def test_without_a_critic_it_equals_orw_cfm_w2_bit_for_bit(
     shared = {"algorithm.tau": 0.8, "algorithm.alpha": alpha, "training.epochs": 2, "training.microbatch": 3}
     shared |= {"training.prompts_per_iteration": 2, "training.images": 16, "training.minibatch": 4}
     ours = make_trainer(tiny_config("acflow", overrides={**shared, **PLAIN}), tmp_path / "acflow")
-    theirs = make_trainer(tiny_config("orw-cfm-w2", overrides=shared), tmp_path / "orw")
+    theirs = make_trainer(
+        tiny_config("orw-cfm-w2", overrides={**shared, "algorithm.normalize": "none"}), tmp_path / "orw"
+    )
     start = copy.deepcopy(ours.updater.parameters)
     logs: dict[str, list] = {"ours": [], "theirs": []}
     ours.on_iteration, theirs.on_iteration = logs["ours"].append, logs["theirs"].append
@@ -98,7 +100,7 @@ def test_without_a_critic_its_loss_equals_that_of_orw_cfm_w2_bit_for_bit(shared_
     from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 
     settings = {key.removeprefix("algorithm."): value for key, value in PLAIN.items()} | {"tau": 0.8, "alpha": 0.7}
-    ours, theirs = build(shared_policy, **settings), OrwCfmW2(OrwCfmW2.Config(tau=0.8, alpha=0.7))
+    ours, theirs = build(shared_policy, **settings), OrwCfmW2(OrwCfmW2.Config(tau=0.8, alpha=0.7, normalize="none"))
     theirs.setup(shared_policy)
     losses = []
     for algorithm in (ours, theirs):

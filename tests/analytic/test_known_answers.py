@@ -153,8 +153,8 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
         algorithm__states=states,
         algorithm__critic="direct",
         algorithm__shared_noise=False,
-        algorithm__warmup=10_000,  # the policy stays
     )
+    trainer.algorithm.cfg = trainer.algorithm.cfg.model_copy(update={"warmup": 10_000})  # the policy stays
     trainer.run()
     policy, reward, n = trainer.policy, form("linear"), 8000
     policy.generator = torch.Generator().manual_seed(1)

@@ -36,8 +36,9 @@ def dry_run(config: RunConfig) -> None:
     evaluated_at = config.evaluation.guidance_scale or preset.guidance_scale
     evaluation *= 2 if evaluated_at > 1 and config.evaluation.unguided else 1
     console.print(
-        f"cost: {t.images} training images ({t.images * per_image} function evaluations to sample them), "
-        f"{t.images} reward calls; at most {evaluation} images to evaluate"
+        f"cost: {t.images} training images ({t.images * per_image} function evaluations to sample them) in "
+        f"{t.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; "
+        f"at most {evaluation} images to evaluate"
     )
 
 
