@@ -12,7 +12,7 @@ from flowbench.conformance.bench import AlgorithmBench
 from flowbench.conformance.verdict import Verdict, failed, passed, skipped
 from flowbench.rollout import Batch
 from flowbench.seeding import generator_for
-from flowbench.training.rows import Cut, drawn, shuffled
+from flowbench.training.rows import Cut, shuffled
 from flowbench.training.trainer import Trainer
 
 ROWS = 24
@@ -52,7 +52,7 @@ def minibatch(trainer: Trainer, rows: int) -> Batch:
     order = shuffled(batch, generator_for(0, "rows"))
     chosen = next(Cut(rows, trainer.algorithm.whole_groups).parts(batch, order))
     trainer.policy.generator = generator_for(0, "rows-noise")
-    return drawn(trainer.algorithm, trainer.policy, batch.select(chosen))
+    return trainer.updater.drawn(batch.select(chosen))
 
 
 def in_float64(trainer: Trainer, batch: Batch) -> Batch:

@@ -13,7 +13,6 @@ from flowbench.errors import RunError
 from flowbench.rollout import Batch, Rollout
 from flowbench.seeding import generator_for
 from flowbench.training.budget import Budget
-from flowbench.training.rows import drawn
 from flowbench.training.trainer import Trainer
 
 
@@ -96,7 +95,7 @@ def update_direction(trainer: Trainer, batch: Batch, iteration: int) -> torch.Te
     updater, policy, algorithm = trainer.updater, trainer.policy, trainer.algorithm
     microbatch, counts = trainer.config.training.microbatch, False
     for rows in updater.minibatches(batch, iteration):
-        counts |= updater.gradient(drawn(algorithm, policy, rows), microbatch)[1]
+        counts |= updater.gradient(updater.drawn(rows), microbatch)[1]
     slopes = [(torch.zeros_like(p) if p.grad is None else p.grad).detach() for p in updater.parameters]
     direction = -torch.cat([slope.flatten().float().cpu() for slope in slopes])
     for p in (*updater.parameters, *updater.auxiliary_parameters):

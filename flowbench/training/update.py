@@ -109,7 +109,7 @@ class Updater:
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
-        metrics, updates_policy = self.gradient(self._drawn(batch), self.config.training.microbatch)
+        metrics, updates_policy = self.gradient(self.drawn(batch), self.config.training.microbatch)
         if updates_policy:
             metrics["grad_norm"] = self._clip(self.parameters)
             self.optimizer.step()
@@ -123,7 +123,8 @@ class Updater:
             self.average.step()
         return metrics
 
-    def _drawn(self, batch: Batch) -> Batch:
+    def drawn(self, batch: Batch) -> Batch:
+        """The rows with the noise and sigmas that a step hands them."""
         return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -133,7 +134,7 @@ class Updater:
 
     def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One more step of the algorithm's own networks, on fresh noise."""
-        batch, learns = self._drawn(batch), False
+        batch, learns = self.drawn(batch), False
         cut = Cut(self.config.training.microbatch or len(batch), self.algorithm.whole_groups)
         for rows in cut.parts(batch):
             loss = self.algorithm.auxiliary_loss(self.policy, batch.select(rows))
