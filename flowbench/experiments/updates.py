@@ -92,7 +92,7 @@ def update_direction(trainer: Trainer, batch: Batch, iteration: int) -> torch.Te
 
     Summed over its minibatches, all from the same weights. None if the loss leaves the policy out.
     """
-    updater, policy, algorithm = trainer.updater, trainer.policy, trainer.algorithm
+    updater = trainer.updater
     microbatch, counts = trainer.config.training.microbatch, False
     for rows in updater.minibatches(batch, iteration):
         counts |= updater.gradient(updater.drawn(rows), microbatch)[1]
