@@ -52,18 +52,10 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.critic import StateCritic, explained_by_sigma
-from flowbench.toolkit.matching import renoised
-from flowbench.toolkit.shaping import Kind, RewardShaping
-
-Weighting = Literal["exp", "softplus", "sigmoid", "linear", "topk"]
-WEIGHTS = {
-    "exp": lambda a, tau: torch.exp(tau * a),
-    "softplus": lambda a, tau: torch.nn.functional.softplus(tau * a),
-    "sigmoid": lambda a, tau: torch.sigmoid(tau * a),
-    "linear": lambda a, tau: tau * a,
-    "topk": lambda a, tau: (a >= a.median()).float(),
-}
+from flowbench.toolkit.critic import explained_by_sigma, explained_within, sight
+from flowbench.toolkit.matching import state_of
+from flowbench.toolkit.seeing import CriticKind, PreviewCritic, make_critic
+from flowbench.toolkit.shaping import WEIGHTS, Kind, RewardShaping, Weighting, clipped, effective_sample_size
 
 
 @register_algorithm("acflow", paper="arXiv:2510.18072", needs={"endpoint", "states"})
@@ -71,10 +63,12 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     """Actor-critic flow matching: a critic of intermediate states turns rewards into clipped, generalized weights."""
 
     class Config(AlgorithmConfig):
-        added_later: ClassVar = frozenset({"anchor_decay", "w2_every"})
+        added_later: ClassVar = frozenset({"anchor_decay", "log_preview", "w2_every"})
 
         shaping: Kind = Field("standardize", description="how rewards become r_s; see flowbench.toolkit.shaping")
-        critic: Literal["shaped", "direct", "none"] = Field("shaped", description="learns r_s, raw r, or none (V = 0)")
+        critic: CriticKind = Field(
+            "shaped", description="a network on r_s or raw r, none (V = 0), one that sees x0_hat, or r(x0_hat) itself"
+        )
         critic_loss: Literal["mse", "huber"] = Field("mse", description="error of the critic")
         critic_width: int = Field(64, ge=8, description="channels of the critic")
         states: Literal["renoised", "trajectory"] = Field("renoised", description="noised x0, or the sampler's states")
@@ -89,6 +83,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         w2_every: int = Field(1, ge=1, description="measure the W2 term on every n-th row")
         anchor_decay: float | None = Field(None, ge=0, lt=1, description="v_ref is the policy's average of this decay")
         control_variate: bool = Field(False, description="subtract w mean_d (v - v_ref)^2 from the loss")
+        log_preview: bool = Field(False, description="log what r(x0_hat) explains; a reward call and pass per row")
 
         def warmup_iterations(self) -> int:
             return 0 if self.critic == "none" else self.warmup
@@ -124,10 +119,24 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     }
     search_space: ClassVar = {
         **COMMON_SEARCH_SPACE,
-        "algorithm.critic": Choice(("shaped", "direct", "none")),  # all that there are
+        "algorithm.critic": Choice(("shaped", "direct", "none", "sees", "preview")),  # all that there are
         "algorithm.alpha": LogUniform(0.1, 10.0),  # 1: ORW-CFM-W2's code, same term; the paper's is not public
     }
-    ablations: ClassVar = ({"clip": None}, {"warmup": 0}, {"shaping": "none"}, {"alpha": 0.0}, {"critic": "direct"})
+    ablations: ClassVar = (
+        {"clip": None},
+        {"warmup": 0},
+        {"shaping": "none"},
+        {"alpha": 0.0},
+        {"critic": "direct"},
+        {"critic": "none"},
+        {"critic": "sees"},
+        {"critic": "preview"},
+        {"center": False},
+        {"shared_noise": False},
+        {"w2_every": 1},
+        {"anchor_decay": None},
+        {"control_variate": True},
+    )
 
     def setup(self, policy: Policy) -> None:
         super().setup(policy)
@@ -136,10 +145,9 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         self.anchor = "reference" if self.cfg.anchor_decay is None else "average"
         if self.anchor == "average":
             policy.add_view("average")
-        if self.cfg.critic != "none":
-            torch.manual_seed(0)
-            channels, *sides = policy.latent_shape
-            self.critic = StateCritic(channels, policy.text_width, self.cfg.critic_width, min(sides))
+        self.critics = {"value": make_critic(self.cfg.critic, policy, self.cfg.critic_width, self.shape.centers)}
+        if self.cfg.log_preview:
+            self.critics["preview"] = PreviewCritic()
 
     def needs(self) -> frozenset[str]:
         return self.info.needs if self.cfg.states == "trajectory" else frozenset({"endpoint"})
@@ -161,38 +169,37 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         return replace(batch, scalars={"anchored": anchored / anchored.mean()})
 
     def measure(self, policy: Policy, batch: Batch) -> Mapping[str, torch.Tensor]:
-        if self.cfg.critic == "none":
-            return {"target": batch.advantage, "value": torch.zeros_like(batch.advantage)}
-        x, sigma, _ = self._state(batch)
-        return {"target": batch.advantage, "value": self._value(x, sigma, batch), "sigma": sigma}
+        rows = sight(batch)
+        values = {name: critic.measure(policy, rows, self.score) for name, critic in self.critics.items()}
+        return {"target": rows.target, "sigma": rows.sigma, "group": rows.group, **values}
 
     def compare(self, scalars: Mapping[str, torch.Tensor]) -> Compared:
-        """Each row's weight w."""
-        value, target = scalars["value"], scalars["target"]
-        metrics = explained_by_sigma(value, target, scalars["sigma"]) if "sigma" in scalars else {}
+        """Each row's value V and weight w."""
+        target, sigma, group = scalars["target"], scalars["sigma"], scalars["group"]
+        values = {name: critic.judge(scalars[name], sigma, group) for name, critic in self.critics.items()}
+        value, metrics = values["value"], explained_within(values, target, sigma, group)
+        if self.cfg.critic != "none":
+            metrics |= explained_by_sigma(value, target, sigma)
         if self.warming_up:
-            return Compared(metrics=metrics)
-        advantage, bound = target - value, self.cfg.clip
-        if bound is not None:
-            metrics["clipped"] = (advantage.abs() > bound).float().mean()
-            advantage = advantage.clamp(-bound, bound)
+            return Compared({"value": value}, metrics)
+        advantage, clipping = clipped(target - value, self.cfg.clip)
         w = WEIGHTS[self.cfg.weight](advantage, self.cfg.tau)
-        metrics["effective_sample_size"] = w.abs().sum() ** 2 / (len(w) * w.square().sum().clamp_min(1e-12))
-        return Compared({"weight": w - w.mean() if self.cfg.center else w}, metrics)
+        metrics |= {**clipping, "effective_sample_size": effective_sample_size(w)}
+        return Compared({"value": value, "weight": w - w.mean() if self.cfg.center else w}, metrics)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
-        x, sigma, u = self._state(batch)
+        state = state_of(batch)
         critic_loss = self.auxiliary_loss(policy, batch)
         metrics = {} if critic_loss is None else {"critic_loss": critic_loss}
         if self.warming_up:
             return Loss(None, critic_loss, metrics)
         w, anchored = batch.scalars["weight"], batch.scalars["anchored"]
-        v = policy.velocity(x, sigma, batch.cond)
-        fit = velocity_error(v, u)
+        v = policy.velocity(state.x, state.sigma, batch.cond)
+        fit = velocity_error(v, state.u)
         loss, metrics["fit"] = w * fit, fit
         some = anchored.nonzero()[:, 0]
         if (self.cfg.alpha or self.cfg.control_variate) and len(some):
-            v_ref = policy.velocity(x[some], sigma[some], batch.cond.select(some), weights=self.anchor)
+            v_ref = policy.velocity(state.x[some], state.sigma[some], batch.cond.select(some), weights=self.anchor)
             w2 = velocity_error(v[some], v_ref)
             pull = self.cfg.alpha - w[some] if self.cfg.control_variate else self.cfg.alpha
             loss, metrics["w2"] = loss.index_add(0, some, anchored[some] * (pull * w2)), w2
@@ -201,31 +208,25 @@ class AcFlow(Algorithm["AcFlow.Config"]):
     def auxiliary_loss(self, policy: Policy, batch: Batch) -> torch.Tensor | None:
         if self.cfg.critic == "none":
             return None
-        x, sigma, _ = self._state(batch)
+        value = self.critics["value"].trained(policy, sight(batch), batch.scalars.get("value"))
         error = torch.nn.functional.mse_loss if self.cfg.critic_loss == "mse" else torch.nn.functional.huber_loss
-        return error(self._value(x, sigma, batch), batch.advantage, reduction="none")
+        return error(value, batch.advantage, reduction="none")
 
     def after_iteration(self, policy: Policy) -> None:
+        for critic in self.critics.values():
+            critic.learn()
         if self.cfg.anchor_decay is not None:
             policy.update_view("average", self.cfg.anchor_decay)
 
     def networks(self) -> dict[str, torch.nn.Module]:
-        return {} if self.cfg.critic == "none" else {"critic": self.critic}
+        network = self.critics["value"].network
+        return {} if network is None else {"critic": network}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shaping": dict(self.shape.running)}
+        critics = {name: critic.state_dict() for name, critic in self.critics.items()}
+        return {"shaping": dict(self.shape.running), "critics": critics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.shape.running = dict(state["shaping"])
-
-    def _state(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x_sigma, sigma and the target velocity of the straight path that joins x_sigma to its x0."""
-        if self.cfg.states == "renoised":
-            noisy = renoised(batch)
-            return noisy.x, noisy.sigma, noisy.u
-        x, sigma = batch.state()
-        return x, sigma, (x - batch.x0) / sigma[:, None, None, None]
-
-    def _value(self, x: torch.Tensor, sigma: torch.Tensor, batch: Batch) -> torch.Tensor:
-        value: torch.Tensor = self.critic(x.detach(), sigma, self.policy.text_summary(batch.cond))
-        return value
+        for name, critic in self.critics.items():
+            critic.load_state_dict(state["critics"][name])

@@ -102,6 +102,24 @@ class Policy(Sampling):
         """
         return self._velocity(x, sigma, cond, weights, grad, self._scale(None))
 
+    @torch.no_grad()
+    def velocity_and_hidden(
+        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """v as in `velocity`, and what its last layer is given: hidden states (R, L, D), None where a family has none.
+
+        Of the current weights, without gradient.
+        """
+        layer, hidden = self.family.last_norm(self.transformer), []
+        if layer is None:
+            return self.velocity(x, sigma, cond), None
+        hook = layer.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        try:
+            v = self.velocity(x, sigma, cond)
+        finally:
+            hook.remove()
+        return v, hidden[0].float()
+
     def guided_velocity(
         self,
         x: torch.Tensor,

@@ -1,11 +1,98 @@
-"""A light critic of intermediate states: V(x_sigma, sigma, c)."""
+"""Critics of intermediate states: their contract, a light network V(x_sigma, sigma, c), and what a value explains."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+from flowbench.algorithm import RewardFunction
+from flowbench.models.policy import Policy
+from flowbench.rollout import Batch, Conditioning
+from flowbench.toolkit.matching import state_of
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a critic is shown of R rows: states, texts, and the target r_s that it may learn from once it has judged.
+
+    x (R, C, h, w), sigma (R,), target (R,), group (R,). There is no x0 and no noise: from them and x the critic could
+    tell what it is asked to foresee.
+    """
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    cond: Conditioning
+    prompts: tuple[str, ...]
+    target: torch.Tensor
+    group: torch.Tensor
+
+
+def sight(batch: Batch) -> Sight:
+    """The batch's rows as a critic sees them; their `advantage` is its target."""
+    assert batch.group is not None
+    state = state_of(batch)
+    return Sight(state.x.detach(), state.sigma, batch.cond, batch.prompts, batch.advantage, batch.group)
+
+
+class Critic:
+    """Base class, and the critic that is none: V = 0.
+
+    A row is judged in two steps, as an algorithm measures and compares: `measure` gives one scalar of each state,
+    `judge` makes V of those of a whole minibatch. Then the critic learns: by the gradient of `trained`, if it has a
+    `network`, else in `learn`.
+    """
+
+    network: nn.Module | None = None
+
+    def measure(self, policy: Policy, rows: Sight, score: RewardFunction) -> torch.Tensor:
+        """One scalar (R,) of each state, a function of its row alone; score: the run's reward. Without gradient."""
+        return torch.zeros_like(rows.target)
+
+    def judge(self, measured: torch.Tensor, sigma: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """V (R,) of a whole minibatch, from what was measured, sigma (R,) and group (R,)."""
+        return measured
+
+    def trained(self, policy: Policy, rows: Sight, judged: torch.Tensor | None) -> torch.Tensor:
+        """The value (R,) whose error is the critic's loss; judged: what `judge` gave, where that came before.
+
+        With a gradient for the network. Without one it is a leaf that reaches nothing.
+        """
+        value = torch.zeros_like(rows.target) if judged is None else judged.detach().clone()
+        return value.requires_grad_()
+
+    def learn(self) -> None:
+        """After an iteration: learn from the rows that were measured in it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learned beside the network."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+class NetworkCritic(Critic):
+    """V of a `StateCritic`, from x_sigma, sigma and a summary of the text."""
+
+    def __init__(self, policy: Policy, width: int) -> None:
+        torch.manual_seed(0)
+        channels, *sides = policy.latent_shape
+        self.network: StateCritic = StateCritic(channels, policy.text_width, width, min(sides))
+
+    def measure(self, policy: Policy, rows: Sight, score: RewardFunction) -> torch.Tensor:
+        """V (R,)."""
+        return self.trained(policy, rows, None)
+
+    def trained(self, policy: Policy, rows: Sight, judged: torch.Tensor | None) -> torch.Tensor:
+        """V (R,)."""
+        value: torch.Tensor = self.network(rows.x, rows.sigma, policy.text_summary(rows.cond))
+        return value
 
 
 class StateCritic(nn.Module):
@@ -62,7 +149,40 @@ def explained_variance(value: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return 1 - (target - value).var() / target.var().clamp_min(1e-12)
 
 
-def explained_by_sigma(value: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Explained variance (a scalar each) of the rows in three ranges of sigma, named by where a range begins."""
-    ranges = {f"explained_variance_{low:.2f}": (sigma >= low) & (sigma < low + 0.34) for low in (0.0, 0.33, 0.66)}
-    return {name: explained_variance(value[rows], target[rows]) for name, rows in ranges.items() if rows.sum() > 2}
+RANGES = (0.0, 0.33, 0.66, 0.85, 1.01)  # of sigma: each from one value to below the next
+FEWEST = 8  # rows; of fewer the variance says nothing
+
+
+def explained_by_sigma(
+    value: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, name: str = "explained_variance"
+) -> dict[str, torch.Tensor]:
+    """Explained variance (a scalar each) of the rows in four ranges of sigma, named by where a range begins."""
+    explained = {}
+    for low, high in itertools.pairwise(RANGES):
+        rows = (sigma >= low) & (sigma < high)
+        if rows.sum() >= FEWEST:
+            explained[f"{name}_{low:.2f}"] = explained_variance(value[rows], target[rows])
+    return explained
+
+
+def explained_within(
+    values: Mapping[str, torch.Tensor], target: torch.Tensor, sigma: torch.Tensor, group: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """By the range of sigma, what each of the named values explains of the target (R,) within a prompt.
+
+    Both have the mean over rows of the same group (R,) taken out: "within_prompt_<name>_0.33" and so on. A value that
+    is 0 everywhere is left out.
+    """
+    target, explained = centered_within(target, group), dict[str, torch.Tensor]()
+    for name, value in values.items():
+        if value.any():
+            explained |= explained_by_sigma(centered_within(value, group), target, sigma, f"within_prompt_{name}")
+    return explained
+
+
+def centered_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """values (R,) or (R, F) minus the mean of the rows with the same number in group (R,)."""
+    own = group.unique(return_inverse=True)[1]
+    count = torch.bincount(own).to(values.dtype)
+    sums = values.new_zeros(len(count), *values.shape[1:]).index_add_(0, own, values)
+    return values - (sums / count.view(-1, *[1] * (values.ndim - 1)))[own]

@@ -12,13 +12,14 @@ import pytest
 import torch
 from small import minibatch_loss
 
-from flowbench.algorithms.acflow import WEIGHTS, AcFlow
+from flowbench.algorithms.acflow import AcFlow
 from flowbench.config import RunConfig
 from flowbench.models.flow import interpolate
 from flowbench.models.policy import Policy
 from flowbench.rollout import Conditioning, Rollout
 from flowbench.toolkit.critic import StateCritic, explained_variance
 from flowbench.toolkit.matching import renoised
+from flowbench.toolkit.shaping import WEIGHTS
 from flowbench.training.rows import drawn
 from flowbench.training.trainer import Trainer
 
@@ -131,7 +132,7 @@ def test_warm_up_trains_the_critic_and_leaves_the_policy_alone(
 
 
 def test_an_untrained_critic_predicts_zero(shared_policy: Policy, rollout: Rollout):
-    critic = build(shared_policy, critic="shaped").critic
+    critic = build(shared_policy, critic="shaped").networks()["critic"]
     summary = shared_policy.text_summary(rollout.cond)
     assert torch.equal(critic(rollout.x0, torch.rand(12), summary), torch.zeros(12))
 
@@ -139,13 +140,13 @@ def test_an_untrained_critic_predicts_zero(shared_policy: Policy, rollout: Rollo
 def test_the_critics_gradient_stays_out_of_the_policy_and_the_other_way_round(make_policy: Callable, rollout: Rollout):
     policy = make_policy()
     algorithm = build(policy, critic="shaped", shaping="center")
-    torch.nn.init.normal_(algorithm.critic.head[-1].weight)
+    torch.nn.init.normal_(algorithm.networks()["critic"].head[-1].weight)
     loss = minibatch_loss(algorithm, policy, algorithm.prepare(rollout))
     loss.auxiliary.mean().backward(retain_graph=True)
     assert all(p.grad is None for p in policy.trainable_parameters())
-    critic_gradient = [p.grad.clone() for p in algorithm.critic.parameters()]
+    critic_gradient = [p.grad.clone() for p in algorithm.networks()["critic"].parameters()]
     loss.policy.mean().backward()
-    for p, before in zip(algorithm.critic.parameters(), critic_gradient, strict=True):
+    for p, before in zip(algorithm.networks()["critic"].parameters(), critic_gradient, strict=True):
         assert torch.equal(p.grad, before)
 
 

@@ -168,6 +168,11 @@ class Family(ABC):
     ) -> torch.Tensor:
         """As `velocity`, with x and text in the weights' dtype: the module's own call, its time and its sign."""
 
+    def last_norm(self, module: torch.nn.Module) -> torch.nn.Module | None:
+        """The layer of a weight view whose output (R, L, D) the velocity is a linear function of, for critics."""
+        layer: torch.nn.Module | None = getattr(module, "norm_out", None)
+        return layer
+
     def guide(self, v: torch.Tensor, v_negative: torch.Tensor, scale: float) -> torch.Tensor:
         """Classifier-free guidance: the prompt's velocity (R, C, h, w), led away from that of the negative prompt."""
         return v_negative + scale * (v - v_negative)
