@@ -210,10 +210,10 @@ def test_a_dry_run_prints_the_configuration_and_its_cost_and_does_nothing(
     preset_file: str,
 ):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--images", "320", "--model", preset_file, "--seed", "4", "--set", "algorithm.tau=0.125"]
+    arguments = ["--images", "640", "--model", preset_file, "--seed", "4", "--set", "algorithm.tau=0.125"]
     assert flowbench_main("run", "acflow", "--dry-run", *arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for expected in ("seed: 4", "tau: 0.125", "images: 320", "320 training images (1280 function evaluations"):
+    for expected in ("seed: 4", "tau: 0.125", "images: 640", "640 training images (2560 function evaluations"):
         assert expected in printed
     assert not list(tmp_path.iterdir())
 
@@ -292,16 +292,16 @@ def test_a_configuration_file_decides_what_no_option_decides(
 ):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        f"reward: jpeg\nmodel: {preset_file}\nseed: 9\ndevice: {device}\ntraining: {{images: 64}}\n", encoding="utf-8"
+        f"reward: jpeg\nmodel: {preset_file}\nseed: 9\ndevice: {device}\ntraining: {{images: 640}}\n", encoding="utf-8"
     )
     assert flowbench_main("run", "acflow", "--config", path, "--dry-run") == 0
     printed = capsys.readouterr().out
-    for expected in ("reward: jpeg", "seed: 9", f"device: {device}", "images: 64"):
+    for expected in ("reward: jpeg", "seed: 9", f"device: {device}", "images: 640"):
         assert expected in printed
-    given = ["--reward", "oracle", "--seed", "1", "--images", "8", "--device", "cpu"]
+    given = ["--reward", "oracle", "--seed", "1", "--images", "384", "--device", "cpu"]
     assert flowbench_main("run", "acflow", "--config", path, "--dry-run", *given) == 0
     printed = capsys.readouterr().out
-    for expected in ("reward: oracle", "seed: 1", "device: cpu", "images: 8"):
+    for expected in ("reward: oracle", "seed: 1", "device: cpu", "images: 384"):
         assert expected in printed
 
 

@@ -342,7 +342,7 @@ def test_the_average_follows_the_weights_by_its_ramp(
 
 
 def test_groups_are_the_images_of_one_prompt(tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer):
-    overrides = {"training.prompts_per_iteration": 3, "training.images_per_prompt": 4}
+    overrides = {"training.prompts_per_iteration": 3, "training.images_per_prompt": 4, "training.images": 24}
     trainer = make_trainer(tiny_config("orw-cfm-w2", overrides=overrides), tmp_path)
     seen = []
     trainer.algorithm.prepare = lambda rollout: (seen.append(rollout), endpoints(rollout, rollout.reward))[1]
