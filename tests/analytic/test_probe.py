@@ -183,8 +183,10 @@ def test_batches_are_measured_from_one_state_of_the_algorithm(make_analytic_trai
 
 
 def test_a_warm_up_without_an_end_is_an_error_with_the_remedy(make_analytic_trainer: MakeTrainer):
+    trainer = make_analytic_trainer("acflow")
+    trainer.iterations = 2  # a configuration in which the warm-up takes them all is refused before
     with pytest.raises(RunError, match=r"shorten its warm-up or raise training\.images"):
-        measure_updates(make_analytic_trainer("acflow", algorithm__warmup=9, training__images=512), 3)
+        measure_updates(trainer, 3)
 
 
 def test_rewards_are_shuffled_within_prompts_and_every_order_is_as_likely():
@@ -212,7 +214,9 @@ def configs(*algorithms: str, reward: str | None = "linear", run: Path | None = 
 
 
 def test_a_report_has_a_row_for_each_algorithm_and_failures_do_not_end_it(tmp_path: Path):
-    chosen = configs("draft", "acflow", training__images=512)  # acflow's warm-up of five iterations takes them all
+    draft, acflow = configs("draft", "acflow")
+    short = acflow.training.model_copy(update={"images": 512})  # acflow's warm-up of five iterations takes them all
+    chosen = [draft, acflow.model_copy(update={"training": short})]
     report = probe(chosen, ProbePlan(batches=3, cache=tmp_path), output=tmp_path / "p.json")
     assert [row.algorithm for row in report.rows] == ["draft", "acflow"]
     assert report.rows[0].worth is not None
