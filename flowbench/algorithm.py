@@ -156,8 +156,8 @@ Dimension: TypeAlias = Uniform | LogUniform | Integers | Choice
 
 # What every algorithm searches, in the same ranges. They are centred on Flow-GRPO's settings for SD3.5 medium
 # (yifan123/flow_grpo, config/base.py): a learning rate of 3e-4, and an average of weights that remembers about 80
-# optimizer steps (0.9 every 8 of them). Here averages remember none, 10, 33 or 100 steps: longer ones would mostly be
-# the untrained weights in a run of a few hundred.
+# optimizer steps (0.9 every 8 of them). Here averages remember none, 10, 33 or 100 steps, and never more than about a
+# ninth of the steps so far (training/average.py): longer ones would all be the same in a run of a few hundred.
 COMMON_SEARCH_SPACE: Mapping[str, Dimension] = {
     "training.learning_rate": LogUniform(3e-5, 3e-3),
     "training.ema": Choice((0.0, 0.9, 0.97, 0.99)),
