@@ -52,7 +52,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.critic import explained_by_sigma, explained_within, sight
+from flowbench.toolkit.critic import errors_within_prompts, explained_by_sigma, sight
 from flowbench.toolkit.matching import state_of
 from flowbench.toolkit.seeing import CriticKind, PreviewCritic, make_critic
 from flowbench.toolkit.shaping import WEIGHTS, Kind, RewardShaping, Weighting, clipped, effective_sample_size
@@ -177,7 +177,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         """Each row's value V and weight w."""
         target, sigma, group = scalars["target"], scalars["sigma"], scalars["group"]
         values = {name: critic.judge(scalars[name], sigma, group) for name, critic in self.critics.items()}
-        value, metrics = values["value"], explained_within(values, target, sigma, group)
+        value, metrics = values["value"], errors_within_prompts(values, target, sigma, group)
         if self.cfg.critic != "none":
             metrics |= explained_by_sigma(value, target, sigma)
         if self.warming_up:

@@ -104,21 +104,22 @@ class Policy(Sampling):
 
     @torch.no_grad()
     def velocity_and_hidden(
-        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning
+        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """v as in `velocity`, and what its last layer is given: hidden states (R, L, D), None where a family has none.
 
-        Of the current weights, without gradient.
+        Without gradient.
         """
-        layer, hidden = self.family.last_norm(self.transformer), []
-        if layer is None:
-            return self.velocity(x, sigma, cond), None
-        hook = layer.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+        kept: list[torch.Tensor] = []
+        with self.views.use(self._view(weights)) as module:
+            layer = self.family.last_norm(module)
+        hook = layer and layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
-            v = self.velocity(x, sigma, cond)
+            v = self.velocity(x, sigma, cond, weights)
         finally:
-            hook.remove()
-        return v, hidden[0].float()
+            if hook:
+                hook.remove()
+        return v, kept[0].float() if kept else None
 
     def guided_velocity(
         self,
@@ -144,10 +145,13 @@ class Policy(Sampling):
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str, grad: bool, scale: float
     ) -> torch.Tensor:
         self.function_evaluations += len(x)
-        if weights == "reference" and self._anchored and self.has_view(ANCHOR):
-            weights = ANCHOR
+        weights = self._view(weights)
         with nullcontext() if grad or weights == "current" else torch.no_grad(), self.views.use(weights) as module:
             return self.family.velocity(module, x, sigma, cond.rows(), scale)
+
+    def _view(self, weights: str) -> str:
+        anchored = weights == "reference" and self._anchored and self.has_view(ANCHOR)
+        return ANCHOR if anchored else weights
 
     def _scale(self, guidance_scale: float | None) -> float:
         return next(s for s in (guidance_scale, self.guidance_scale, self.preset.guidance_scale) if s is not None)

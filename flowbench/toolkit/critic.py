@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,34 +150,42 @@ def explained_variance(value: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 RANGES = (0.0, 0.33, 0.66, 0.85, 1.01)  # of sigma: each from one value to below the next
-FEWEST = 8  # rows; of fewer the variance says nothing
+FEWEST = 8  # rows; of fewer the explained variance says nothing
 
 
-def explained_by_sigma(
-    value: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, name: str = "explained_variance"
-) -> dict[str, torch.Tensor]:
+def explained_by_sigma(value: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor) -> dict[str, torch.Tensor]:
     """Explained variance (a scalar each) of the rows in four ranges of sigma, named by where a range begins."""
-    explained = {}
-    for low, high in itertools.pairwise(RANGES):
-        rows = (sigma >= low) & (sigma < high)
-        if rows.sum() >= FEWEST:
-            explained[f"{name}_{low:.2f}"] = explained_variance(value[rows], target[rows])
-    return explained
+    return {
+        f"explained_variance_{low}": explained_variance(value[rows], target[rows])
+        for low, rows in _ranges(sigma)
+        if rows.sum() >= FEWEST
+    }
 
 
-def explained_within(
+def errors_within_prompts(
     values: Mapping[str, torch.Tensor], target: torch.Tensor, sigma: torch.Tensor, group: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """By the range of sigma, what each of the named values explains of the target (R,) within a prompt.
+    """Mean squares by range of sigma, each quantity with the mean over rows of the same group (R,) taken out.
 
-    Both have the mean over rows of the same group (R,) taken out: "within_prompt_<name>_0.33" and so on. A value that
-    is 0 everywhere is left out.
+    "within_prompt_variance_0.33" is that of the target (R,), "within_prompt_error_NAME_0.33" that of the target minus a
+    named value (R,). What a value explains over many minibatches is 1 - the mean error over the mean variance; the mean
+    of each minibatch's own quotient would be too low.
     """
-    target, explained = centered_within(target, group), dict[str, torch.Tensor]()
-    for name, value in values.items():
-        if value.any():
-            explained |= explained_by_sigma(centered_within(value, group), target, sigma, f"within_prompt_{name}")
-    return explained
+    target, errors = centered_within(target, group), dict[str, torch.Tensor]()
+    for low, rows in _ranges(sigma):
+        errors[f"within_prompt_variance_{low}"] = target[rows].square().mean()
+        for name, value in values.items():
+            error = target - centered_within(value, group)
+            errors[f"within_prompt_error_{name}_{low}"] = error[rows].square().mean()
+    return errors
+
+
+def _ranges(sigma: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The beginning of each range of sigma that has rows, and which rows."""
+    for low, high in itertools.pairwise(RANGES):
+        rows = (sigma >= low) & (sigma < high)
+        if rows.any():
+            yield f"{low:.2f}", rows
 
 
 def centered_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

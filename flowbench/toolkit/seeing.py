@@ -7,6 +7,7 @@ squares, because a run has a few thousand rewards, and a network of the same inp
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -32,15 +33,15 @@ class LeastSquaresCritic(Critic):
     prompt's mean taken out, so that features and V have it too.
     """
 
-    def __init__(self, center: bool) -> None:
-        self.center = center
+    def __init__(self, device: torch.device, center: bool) -> None:
+        self.device, self.center = device, center
         self.learned: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, ...]] = []
 
     def measure(self, policy: Policy, rows: Sight, score: RewardFunction) -> torch.Tensor:
         """w . phi (R,), 0 before anything was learned."""
-        v, hidden = policy.velocity_and_hidden(rows.x, rows.sigma, rows.cond)
-        summary, text = summaries(predict_x0(rows.x, v, rows.sigma), hidden), policy.text_summary(rows.cond)
+        v, hidden = policy.velocity_and_hidden(rows.x, rows.sigma, rows.cond, weights="reference")
+        summary, text = summaries(rows.x, predict_x0(rows.x, v, rows.sigma), hidden), policy.text_summary(rows.cond)
         sigma, target = rows.sigma.to(summary), rows.target.to(summary)
         self._seen.append((summary, text.to(summary), sigma, target, rows.group))
         if not self.learned:
@@ -73,7 +74,7 @@ class LeastSquaresCritic(Critic):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.learned = dict(state)
+        self.learned = {name: value.to(self.device) for name, value in state.items()}
 
     def _begin(self, summary: torch.Tensor, text: torch.Tensor, sigma: torch.Tensor) -> None:
         for name, part in (("summary", summary), ("text", text), ("sigma", sigma[:, None])):
@@ -88,9 +89,7 @@ class LeastSquaresCritic(Critic):
         text = torch.nn.functional.normalize(text.to(summary) - self.learned["text_mean"].to(summary), eps=1e-4)
         sigma = self._standardized("sigma", sigma[:, None].to(summary))
         point = torch.cat([SUMMARY_SCALE * summary, TEXT_SCALE * text, SIGMA_SCALE * sigma], 1)
-        generator = torch.Generator().manual_seed(0)  # on the host, so that a device has the same features
-        frequency = torch.randn(point.shape[1], RANDOM_FEATURES, generator=generator).to(point)
-        phase = 2 * torch.pi * torch.rand(RANDOM_FEATURES, generator=generator).to(point)
+        frequency, phase = (part.to(point) for part in _waves(point.shape[1]))
         random = (2 / RANDOM_FEATURES) ** 0.5 * torch.cos(point @ frequency + phase)
         one = torch.ones_like(sigma)
         return torch.cat([one, SHARE_LINEAR**0.5 * summary, (1 - SHARE_LINEAR) ** 0.5 * random], 1)
@@ -100,15 +99,23 @@ class LeastSquaresCritic(Critic):
         return ((values - mean) / std).clamp(-BOUND, BOUND)
 
 
-def summaries(x0_hat: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    """What is kept of an estimate (R, C, h, w) and of hidden states (R, L, D), wherever in the image it is, (R, F).
+@functools.cache
+def _waves(inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frequencies (inputs, RANDOM_FEATURES) and phases of the random features, the same for every run and device."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = torch.randn(inputs, RANDOM_FEATURES, generator=generator)
+    return frequency, 2 * torch.pi * torch.rand(RANDOM_FEATURES, generator=generator)
 
-    Channel means and second moments of x0_hat; means and mean squares of hidden states.
+
+def summaries(x: torch.Tensor, x0_hat: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    """What is kept of a state and its estimate (R, C, h, w) and of hidden states (R, L, D), (R, F); of no place in it.
+
+    Channel means of both, second moments of the estimate's channels, means and mean squares of hidden states.
     """
     pixels = x0_hat.flatten(2)
     moments = pixels @ pixels.transpose(1, 2) / pixels.shape[2]
     upper = torch.triu_indices(*moments.shape[1:], device=moments.device)
-    kept = [pixels.mean(2), moments[:, upper[0], upper[1]]]
+    kept = [x.flatten(2).mean(2), pixels.mean(2), moments[:, upper[0], upper[1]]]
     if hidden is not None:
         kept += [hidden.mean(1), hidden.square().mean(1)]
     return torch.cat([part.to(x0_hat) for part in kept], 1)
@@ -169,5 +176,5 @@ def make_critic(kind: CriticKind, policy: Policy, width: int, center: bool) -> C
     if kind in ("shaped", "direct"):
         return NetworkCritic(policy, width)
     if kind == "sees":
-        return LeastSquaresCritic(center)
+        return LeastSquaresCritic(policy.device, center)
     return PreviewCritic() if kind == "preview" else Critic()
