@@ -377,7 +377,7 @@ def test_an_unknown_model_without_hidden_states_is_seen_by_its_estimate_alone(ma
     policy = make_policy()
     policy.family.last_norm = lambda module: None  # type: ignore[method-assign]
     x, sigma, cond = policy.draw_noise(2), torch.tensor([0.3, 0.8]), policy.encode(PROMPTS[:2])
-    v, hidden = policy.velocity_and_hidden(x, sigma, cond)
+    _, hidden = policy.velocity_and_hidden(x, sigma, cond)
     assert hidden is None
     rows = Sight(x, sigma, cond, PROMPTS[:2], torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     critic = make_critic("sees", policy, 64, center=False)
@@ -386,9 +386,7 @@ def test_an_unknown_model_without_hidden_states_is_seen_by_its_estimate_alone(ma
 
 
 @pytest.mark.parametrize("weights", ["current", "reference"])
-def test_hidden_states_are_what_the_velocity_is_a_linear_function_of(
-    make_policy: Callable[..., Policy], weights: str
-):
+def test_hidden_states_are_what_the_velocity_is_a_linear_function_of(make_policy: Callable[..., Policy], weights: str):
     policy = make_policy()
     for p in policy.trainable_parameters():
         p.data += 0.01
