@@ -269,8 +269,8 @@ def test_ablations_are_checked_before_anything_runs(clean_registry: None, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_ac_flows_ablations_switch_off_one_stabiliser_each(tmp_path: Path):
-    variants = plan("acflow", {}, 1, **run(tmp_path))
+def test_ac_flows_ablations_change_one_stabiliser_critic_or_added_device_each(tmp_path: Path):
+    variants = plan("acflow", {}, 1, **{**run(tmp_path), "model": "mini-sd3", "reward": "clip"})
     default = variants[0].jobs[0].config.hyperparameters
     assert [v.name for v in variants] == [
         "default",
@@ -279,6 +279,14 @@ def test_ac_flows_ablations_switch_off_one_stabiliser_each(tmp_path: Path):
         "shaping=none",
         "alpha=0.0",
         "critic=direct",
+        "critic=none",
+        "critic=sees",
+        "critic=preview",
+        "center=false",
+        "shared_noise=false",
+        "w2_every=1",
+        "anchor_decay=null",
+        "control_variate=true",
     ]
     for variant in variants[1:]:
         settings = variant.jobs[0].config.hyperparameters
