@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.presets import ModelPreset, load_preset
-from flowbench.prompts import choose_prompts, locate
+from flowbench.prompts import choose_prompts
 from flowbench.prompts.needs import check_run
 from flowbench.registry import algorithms, rewards
 from flowbench.requirements import check_domain, check_judges, check_needs, check_warmup, check_window
@@ -300,61 +300,6 @@ def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> A
                 raise UsageError(f"setting '{full}' is now '{MOVED[full]}'") from error
             raise UsageError(f"unknown setting '{full}'{did_you_mean(name, model.model_fields)}") from error
         raise UsageError(f"setting '{full}' = {first['input']!r}: {first['msg'].lower()}") from error
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """["training.images=100"] as {"training.images": 100}; values are read as YAML.
-
-    Raises UsageError for text without '='.
-    """
-    values = {}
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text!r} has no '='; write --set training.images=2000")
-        values[key.strip()] = _number(yaml.safe_load(value))
-    return values
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; users mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file: nested sections as {"training.images": 100}, plus top-level names of RunConfig.
-
-    Raises UsageError when it is missing, no YAML, or has an unknown top-level key.
-    """
-    if not path.is_file():
-        raise UsageError(f"configuration file '{path}' does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"configuration file '{path}' is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"configuration file '{path}' must hold key: value pairs")
-    flat: dict[str, Any] = {}
-    plain = {"reward", "model", "seed", "device", "prompts"}
-    for key, value in content.items():
-        # A run's own config.yaml spells the algorithm's name `algorithm` and its settings `hyperparameters`.
-        section = "algorithm" if key == "hyperparameters" else key
-        if isinstance(value, dict) and section in SECTIONS:
-            flat |= {f"{section}.{name}": _number(v) for name, v in value.items()}
-        elif key == "prompts_hash" or (key == "prompts" and value is None):
-            continue  # a run's own: the hash is that of whatever the prompts are when they are read again
-        elif key == "prompts":
-            flat[key] = locate(str(value), path.parent)
-        elif key in plain or key == "algorithm":
-            flat[key] = value if key == "seed" or value is None else str(value)
-        else:
-            raise UsageError(f"unknown key '{key}' in '{path}'{did_you_mean(str(key), [*SECTIONS, *plain])}")
-    return flat
 
 
 def load_run_config(path: Path) -> tuple[RunConfig, ModelPreset]:

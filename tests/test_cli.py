@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flowbench.config import read_config_file, resolve_config
+from flowbench.config import resolve_config
 from flowbench.record import load_record
+from flowbench.settings import read_config_file
 
 Main = Callable[..., int]
 Settings = Callable[..., list[str]]

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from flowbench.config import RunConfig, load_run_config, parse_assignments, read_config_file, resolve_config
+from flowbench.config import RunConfig, load_run_config, resolve_config
 from flowbench.errors import UsageError
 from flowbench.models.presets import AnalyticPreset, load_preset, preset_names
 from flowbench.registry import algorithms
+from flowbench.settings import parse_assignments, read_config_file
 
 MakeConfig = Callable[..., RunConfig]
 SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/oracle/acflow-s0.json"

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from small import SMALL
 
-from flowbench.config import RunConfig, read_config_file, resolve_config
+from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import UsageError
 from flowbench.experiments.reevaluate import evaluate
 from flowbench.experiments.run import execute
@@ -22,6 +22,7 @@ from flowbench.experiments.sampling import sample_side_by_side
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.record import load_record
+from flowbench.settings import read_config_file
 from flowbench.testbeds.shapes.weights import weights_folder
 
 LINES = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "green", "blue", "yellow")]

@@ -53,7 +53,7 @@ def run(
 ) -> None:
     """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
     from flowbench.cli.display import runs as display
-    from flowbench.config import parse_assignments
+    from flowbench.settings import parse_assignments
 
     given = parse_assignments(settings)
     resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts)
@@ -87,7 +87,7 @@ def evaluate(
     """Score a run's base and tuned model again with the run's own protocol, or score other weights or images."""
     from flowbench.cli.display import runs as display
     from flowbench.cli.display.progress import EvaluationProgress
-    from flowbench.config import parse_assignments
+    from flowbench.settings import parse_assignments
 
     with EvaluationProgress() as progress:
         result = api.evaluate(

@@ -36,8 +36,8 @@ def probe(
     plot: Annotated[Path | None, typer.Option(help="Draw the results into this PNG.")] = None,
 ) -> None:
     """Compare one update of each algorithm with the true gradient of the mean reward; nothing is trained."""
-    from flowbench.config import parse_assignments
     from flowbench.registry import algorithms, load_plugin_file
+    from flowbench.settings import parse_assignments
 
     _one_of("--format", format_, ("terminal", "markdown"))
     _one_of("--sampler", sampler, ("evaluation", "own"))

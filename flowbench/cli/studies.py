@@ -31,8 +31,9 @@ def ablate(
 ) -> None:
     """Compare an algorithm's default with its declared ablations over seeds; finished runs are not repeated."""
     from flowbench.cli.display import studies as display
-    from flowbench.config import parse_assignments, resolve_config
+    from flowbench.config import resolve_config
     from flowbench.registry import load_plugin_file
+    from flowbench.settings import parse_assignments
 
     if format_ not in ("terminal", "markdown", "csv"):
         raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")

@@ -45,8 +45,9 @@ def resolve(
 
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
-    from flowbench.config import read_config_file, resolve_config
+    from flowbench.config import resolve_config
     from flowbench.requirements import warn_of_warmup
+    from flowbench.settings import read_config_file
 
     _load(plugins)
     given = read_config_file(Path(config)) if config else {}
