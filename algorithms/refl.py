@@ -9,9 +9,9 @@ Deviations from the paper and its reference code (THUDM/ImageReward, ImageReward
 3. The paper adds a pre-training loss on image-text pairs, which a benchmark of reward fine-tuning does not have; its
    code leaves that loss out too. The velocity's distance to the reference, with weight `alpha`, can stand for it.
    Default 0: then nothing pulls to the reference.
-4. The code samples and trains without guidance. Here both follow `training.guidance_scale`, by default the model's own
-   scale; 1 is as in the code.
-5. The margin 2 and lambda 1e-3 are the code's, for ImageReward's scale (deviation 1); CLIP scores never reach it.
+4. The code samples and trains without guidance, as here on SD3. On another model both follow
+   `training.guidance_scale`, by default the model's own scale.
+5. The margin 2 and lambda 1e-3 are the code's, for ImageReward, whose scores spread by 1; CLIP scores never reach it.
 6. Learning rate, decay and batch are the run's own (code: AdamW 1e-5, decay 1e-2, 2 images x 4 accumulated).
 """
 

@@ -356,7 +356,8 @@ def test_built_in_algorithms_keep_their_promises(name: str, tmp_path: Path):
 )
 def test_built_in_algorithms_learn_within_what_theory_allows(name: str, tmp_path: Path):
     bench = AlgorithmBench(name, "gaussian", tmp_path)
-    verdicts = {claim.text: claim.check(bench) for claim in algorithm_claims.CLAIMS[7:]}
+    end = None if bench.plugin.cls.anchored else -1  # only what is anchored comes to rest
+    verdicts = {claim.text: claim.check(bench) for claim in algorithm_claims.CLAIMS[7:end]}
     assert {text: v.reason for text, v in verdicts.items() if v.status != Status.PASS} == {}
 
 
