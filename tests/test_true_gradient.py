@@ -77,7 +77,7 @@ def test_the_true_gradient_is_the_slope_of_the_mean_reward_along_any_direction(
 
     for direction, tolerance in ((truth, 0.02), (truth / truth.norm() + 0.5 * noise / noise.norm(), 0.05)):
         unit, ends = direction / direction.norm(), []
-        h = 0.005
+        h = 1e-4  # a few images near a tipping point bend the mean reward sharply
         for shift in (h, -h):
             for p, start, part in zip(parameters, before, unit.split(sizes), strict=True):
                 p.data = start + shift * part.view_as(p)
