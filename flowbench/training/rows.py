@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,6 +74,8 @@ def drawn(algorithm: Algorithm, policy: Policy, batch: Batch, shared: bool | Non
 @torch.no_grad()
 def compared(algorithm: Algorithm, policy: Policy, batch: Batch, cut: Cut) -> tuple[Batch, Compared]:
     """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log."""
-    measured = [algorithm.measure(policy, batch.select(rows)) for rows in cut.parts(batch)]
+    measured: list[Mapping[str, torch.Tensor]] = [{}]
+    if type(algorithm).measure is not Algorithm.measure:  # else no rows need be copied
+        measured = [algorithm.measure(policy, batch.select(rows)) for rows in cut.parts(batch)]
     result = algorithm.compare({name: torch.cat([part[name] for part in measured]) for name in measured[0]})
     return replace(batch, scalars={**batch.scalars, **result.scalars}), result
