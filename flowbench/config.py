@@ -175,7 +175,7 @@ def _without_unused(
 
 PRESET = "preset.yaml"  # a run's copy, beside its configuration
 
-MOVED = {"algorithm.shared_noise": "training.shared_noise"}  # earlier names of settings
+MOVED = {f"algorithm.{name}": f"training.{name}" for name in ("anchor_decay", "shared_noise")}  # earlier names
 
 # How users spell the sections in `--set` and in configuration files.
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorithm": None}

@@ -78,12 +78,24 @@ class Rollout:
 
     def center(self, values: torch.Tensor) -> torch.Tensor:
         """values (B,) minus the mean over the images of the same prompt."""
-        sums = values.new_zeros(int(self.group.max()) + 1).index_add_(0, self.group, values)
-        return values - (sums / torch.bincount(self.group))[self.group]
+        return centered_within(values, self.group)
 
     def normalized_advantage(self, bound: float) -> torch.Tensor:
         """(B,): (r - mean of the prompt's images) / (standard deviation of the iteration), clipped to +-bound."""
         return (self.center(self.reward) / (self.reward.std() + 1e-6)).clamp(-bound, bound)
+
+
+def means_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """For each row the mean, in the values' dtype, of values (R,) or (R, F) over the rows of its group (R,) int64."""
+    own = group.unique(return_inverse=True)[1]
+    count = torch.bincount(own).to(values.dtype)
+    sums = values.new_zeros(len(count), *values.shape[1:]).index_add_(0, own, values)
+    return (sums / count.view(-1, *[1] * (values.ndim - 1)))[own]
+
+
+def centered_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """values (R,) or (R, F) minus their `means_within` the rows' groups (R,) int64."""
+    return values - means_within(values, group)
 
 
 @dataclass(frozen=True)

@@ -176,13 +176,13 @@ class Policy(Sampling):
         return self.views.has(name)
 
     @contextmanager
-    def anchored(self) -> Iterator[None]:
-        """Within it, velocities of "reference" are those of the view "anchor", if there is one: for losses."""
-        self._anchored = True
+    def anchored(self, on: bool = True) -> Iterator[None]:
+        """Within it "reference" is the view "anchor", if there is one: for losses. Not `on`: the base model again."""
+        before, self._anchored = self._anchored, on
         try:
             yield
         finally:
-            self._anchored = False
+            self._anchored = before
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer trains, in a fixed order."""

@@ -15,7 +15,8 @@ import torch
 from flowbench.algorithm import RewardFunction
 from flowbench.models.flow import predict_x0
 from flowbench.models.policy import Policy
-from flowbench.toolkit.critic import Critic, NetworkCritic, Sight, centered_within
+from flowbench.rollout import centered_within
+from flowbench.toolkit.critic import Critic, NetworkCritic, Sight
 
 RANDOM_FEATURES = 1024  # 512: an eighth less explained; 2,048: no more
 SHARE_LINEAR = 0.3  # of the features' squared length: the summaries themselves; the rest are the random ones
@@ -40,7 +41,8 @@ class LeastSquaresCritic(Critic):
 
     def measure(self, policy: Policy, rows: Sight, score: RewardFunction) -> torch.Tensor:
         """w . phi (R,), 0 before anything was learned."""
-        v, hidden = policy.velocity_and_hidden(rows.x, rows.sigma, rows.cond, weights="reference")
+        with policy.anchored(False):  # a moving anchor's features would drift
+            v, hidden = policy.velocity_and_hidden(rows.x, rows.sigma, rows.cond, weights="reference")
         summary, text = summaries(rows.x, predict_x0(rows.x, v, rows.sigma), hidden), policy.text_summary(rows.cond)
         sigma, target = rows.sigma.to(summary), rows.target.to(summary)
         self._seen.append((summary, text.to(summary), sigma, target, rows.group))

@@ -94,7 +94,7 @@ class Updater:
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
         """
-        cut, metrics, updates_policy = Cut(microbatch or len(batch), self.algorithm.whole_groups), Metrics(), False
+        cut, metrics, updates_policy = self._cut(batch, microbatch), Metrics(), False
         with self.policy.anchored():
             batch, comparison = compared(self.algorithm, self.policy, batch, cut)
             for rows in cut.parts(batch):
@@ -127,6 +127,10 @@ class Updater:
         """The rows with the noise and sigmas that a step hands them."""
         return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
+    def _cut(self, batch: Batch, microbatch: int | None) -> Cut:
+        """How a minibatch is divided for the backward pass; None is not at all."""
+        return Cut(microbatch or len(batch), self.algorithm.whole_groups)
+
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._clip(self.auxiliary_parameters)
         optimizer.step()
@@ -135,8 +139,7 @@ class Updater:
     def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One more step of the algorithm's own networks, on fresh noise."""
         batch, learns = self.drawn(batch), False
-        cut = Cut(self.config.training.microbatch or len(batch), self.algorithm.whole_groups)
-        for rows in cut.parts(batch):
+        for rows in self._cut(batch, self.config.training.microbatch).parts(batch):
             loss = self.algorithm.auxiliary_loss(self.policy, batch.select(rows))
             if loss is not None:
                 (self._total(Loss(None, loss)) * (len(rows) / len(batch))).backward()
