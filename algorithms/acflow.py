@@ -21,8 +21,8 @@ What flowbench added; the page's literal configuration has none of it:
 4. Weights may be centred over the batch (`center`). Positive weights whose mean is not zero also distil the model on
    its own discretised samples; at small budgets that drift is stronger than the signal.
 5. The images of a prompt are re-noised with the same noise and sigma, unless `training.shared_noise` says otherwise.
-   Their centred advantages sum to about zero, so that what the noise alone adds to the gradient cancels; the expectation
-   is unchanged. Whether that helps is open: for nft, signal to noise was the same with and without.
+   Their centred advantages sum to about zero, so that what the noise alone adds to the gradient cancels, and the
+   expectation is unchanged. Whether that helps is open: for nft, signal to noise was the same with and without.
 6. `control_variate` subtracts w mean_d (v - v_ref)^2. For a true critic and linear weights E[w | x_sigma] = 0, so that
    the expectation is unchanged; the gradient becomes w (v_ref - u) + alpha (v - v_ref), whose noise does not grow with
    the distance from the reference, and with alpha > 0 every row has a minimum. ADRPO's adaptive weight does the same.
