@@ -25,12 +25,13 @@ class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
     source: hub id, folder, or "embedded:NAME"; family: of its pipeline, see models/families; resolution in pixels: the
-    side of a square, or (height, width); dtype: of the weights on a GPU, cpu_dtype: on a CPU; num_steps and guidance_scale of sampling (1 is none); sigma_spacing: of the sampler's steps, wherever the model is
-    sampled: as the pipeline's own call has it, or "linspace", equal steps before the model's shift (docs/sampling.md);
-    rewards: constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring
-    their own defaults for the models that they know by name; like: the built-in model whose defaults they use if they
-    do not know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on
-    this model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
+    side of a square, or (height, width); dtype: of the weights on a GPU, cpu_dtype: on a CPU; num_steps and
+    guidance_scale of sampling (1 is none); sigma_spacing: of the sampler's steps, wherever the model is sampled: as
+    the pipeline's own call has it, or "linspace", equal steps before the model's shift (docs/sampling.md); rewards:
+    constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring their
+    own defaults for the models that they know by name; like: the built-in model whose defaults they use if they do not
+    know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on this
+    model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
