@@ -20,7 +20,7 @@ from flowbench.record import Record
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PLANE = {"model": "gaussian", "reward": "linear", "images": 256, "device": "cpu"}
 FEW = {"evaluation.prompts": 2, "evaluation.images_per_prompt": 2, "algorithm.warmup": 0}
-OWN = {"settings", "plugin", "plugins", "dry_run", "listener", "progress"}  # spelled as each side is used
+OWN = {"settings", "track", "plugin", "plugins", "dry_run", "listener", "progress"}  # spelled as each side is used
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:

@@ -16,7 +16,7 @@ from flowbench.models.presets import AnalyticPreset, load_preset
 from flowbench.registry import algorithms
 
 Main = Callable[..., int]
-MODELS = ("mini-sd3", "sd3-medium", "sd3.5-medium", "gaussian", "mixture")
+MODELS = ("mini-sd3", "sd3-medium", "sd3.5-medium", "sd3.5-large", "gaussian", "mixture")
 GAUSSIAN = {"reward": "linear", "model": "gaussian"}
 
 

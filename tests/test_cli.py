@@ -321,7 +321,7 @@ def test_a_wrong_value_in_a_configuration_file_is_wrong_usage(
     [
         ("algorithms", ["acflow", "ddpo", "orw-cfm-w2", "refl", "arXiv:2510.18072"]),
         ("rewards", ["clip", "jpeg", "oracle"]),
-        ("models", ["gaussian", "mini-sd3", "mixture", "sd3-medium", "sd3.5-medium"]),
+        ("models", ["gaussian", "mini-sd3", "mixture", "sd3-medium", "sd3.5-large", "sd3.5-medium"]),
         ("prompts", ["shapes", "compositional"]),
     ],
 )

@@ -18,7 +18,7 @@ from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
 from flowbench.cli import testbed as cli_testbed
-from flowbench.cli.options import DeviceOption, OutputOption, PluginOption, PromptsOption, SettingsOption
+from flowbench.cli.options import DeviceOption, OutputOption, PluginOption, PromptsOption, SettingsOption, TrackOption
 from flowbench.errors import RunError, UsageError
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
@@ -49,6 +49,7 @@ def run(
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    track: TrackOption = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its cost.")] = False,
 ) -> None:
     """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
@@ -57,13 +58,14 @@ def run(
 
     given = parse_assignments(settings)
     resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts)
+    trackers = api.choose_trackers(track)
     if dry_run:
         display.dry_run(resolved)
         return
     from flowbench.cli.display.progress import RunProgress
 
     with RunProgress(resolved) as progress:
-        result = api.carry_out(resolved, _command(), output, resume, progress.listener())
+        result = api.carry_out(resolved, _command(), output, resume, progress.listener(), trackers)
     display.scores(result.record, result.folder)
 
 

@@ -15,3 +15,7 @@ PromptsOption = Annotated[str | None, typer.Option(help="Prompt set: a name, a f
 SettingsOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, for example training.learning_rate=1e-4.")
 ]
+TrackOption = Annotated[
+    list[str],
+    typer.Option("--track", metavar="NAME", help="Experiment tracker: tensorboard, wandb, trackio, ...; repeatable."),
+]

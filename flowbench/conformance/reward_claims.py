@@ -77,7 +77,8 @@ class RewardBench:
 
         scenes = sample_scenes([parse(p) for p in self.prompts], np.random.default_rng(0))
         small = torch.from_numpy(render(scenes)).float()
-        return torch.nn.functional.interpolate(small, self.preset.resolution, mode="nearest")
+        size = (self.preset.height, self.preset.width)
+        return torch.nn.functional.interpolate(small, size, mode="nearest")
 
     @torch.no_grad()
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:

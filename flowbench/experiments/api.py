@@ -80,6 +80,7 @@ def run(
     output: str | Path = OUTPUT,
     resume: bool = False,
     prompts: str | None = None,
+    track: Sequence[str] = (),
     *,
     listener: Listener | None = None,
 ) -> RunResult:
@@ -98,6 +99,7 @@ def run(
         output: the folder of run folders.
         resume: continue an interrupted run from its checkpoint.
         prompts: a prompt set's name, a folder with a file per split, or one file; None is the model's set.
+        track: experiment trackers that are told of the run, such as "tensorboard" or "wandb".
         listener: is told how far the run is.
 
     Raises:
@@ -105,11 +107,11 @@ def run(
         RunError: it could not be carried out; what was computed until then is saved.
     """
     resolved = resolve(algorithm, reward, model, seed, images, device, settings, config, plugins, prompts)
+    trackers = choose_trackers(track)
     options = {"reward": reward, "model": model, "seed": seed, "images": images, "device": device, "config": config}
-    options |= {"prompts": prompts}
-    return carry_out(
-        resolved, _command(algorithm, settings, plugins, **options, output=output), output, resume, listener
-    )
+    options |= {"prompts": prompts, "track": ",".join(trackers) or None}
+    command = _command(algorithm, settings, plugins, **options, output=output)
+    return carry_out(resolved, command, output, resume, listener, trackers)
 
 
 def carry_out(
@@ -118,16 +120,35 @@ def carry_out(
     output: str | Path = OUTPUT,
     resume: bool = False,
     listener: Listener | None = None,
+    trackers: Sequence[str] = (),
 ) -> RunResult:
     """Make the run of a resolved configuration below `output`; `command` is what its record says it was made with.
+
+    trackers: as `choose_trackers` gives them.
 
     Raises UsageError and RunError as `run` does.
     """
     from flowbench.experiments.run import Listener, execute, run_folder
 
-    folder = run_folder(Path(output), config)
-    record = execute(config, folder, command, resume, listener or Listener())
-    return RunResult(record, folder)
+    folder, told = run_folder(Path(output), config), listener or Listener()
+    if not trackers:
+        return RunResult(execute(config, folder, command, resume, told), folder)
+    from flowbench.experiments.trackers import tracked
+
+    with tracked(trackers, config, folder, told) as told:
+        return RunResult(execute(config, folder, command, resume, told), folder)
+
+
+def choose_trackers(names: Sequence[str]) -> tuple[str, ...]:
+    """The experiment trackers that are named, each once; a name may be several with commas between them.
+
+    Raises UsageError for one that accelerate does not know or whose package is not installed.
+    """
+    if not names:
+        return ()
+    from flowbench.experiments.trackers import choose_trackers as choose
+
+    return choose(names)
 
 
 def evaluate(

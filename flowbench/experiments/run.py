@@ -57,11 +57,12 @@ TRUTH_EVERY = 4  # iterations; the oracle is not free
 
 @dataclass(frozen=True)
 class Listener:
-    """Where a run tells how far it is; all of it optional."""
+    """Where a run tells how far it is; all of it optional. on_record: the result, with its folder complete."""
 
     on_start: Callable[[int, int], None] = lambda iteration, iterations: None
     on_iteration: Callable[[IterationLog], None] = lambda log: None
     on_evaluation: Callable[[int, int], None] = lambda done, total: None
+    on_record: Callable[[Record, Path], None] = lambda record, folder: None
 
 
 def run_folder(output: Path, config: RunConfig) -> Path:
@@ -168,6 +169,7 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     if study:
         draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
     (folder / DONE).touch()
+    listener.on_record(record, folder)
     return record
 
 

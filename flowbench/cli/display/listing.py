@@ -60,7 +60,8 @@ def _models() -> Table:
     table = _table("model", "source", "licence", "resolution", "steps", "guidance", "prompts")
     for name in preset_names():
         p = load_preset(name)
-        table.add_row(name, p.source, p.licence, str(p.resolution), str(p.num_steps), str(p.guidance_scale), p.prompts)
+        size = str(p.height) if p.height == p.width else f"{p.height} x {p.width}"
+        table.add_row(name, p.source, p.licence, size, str(p.num_steps), str(p.guidance_scale), p.prompts)
     return table
 
 

@@ -79,7 +79,7 @@ def served_pipelines() -> list[str]:
 
 
 def load_pipeline(preset: ModelPreset, device: torch.device) -> Any:
-    """The preset's pipeline from its folder or hub id, in float32 on a CPU and else in the preset's dtype.
+    """The preset's pipeline from its folder or hub id, in the preset's `dtype`, or on a CPU in its `cpu_dtype`.
 
     Raises UsageError for a pipeline of another family, RunError when its weights cannot be found or read.
     """

@@ -56,7 +56,7 @@ class Family(ABC):
         logging.set_verbosity_error()
         source = preset.resolve_source()
         kind = getattr(diffusers, cls._pipeline_class(preset, source))
-        dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
+        dtype = getattr(torch, preset.cpu_dtype if device.type == "cpu" else preset.dtype)
         absent = dict.fromkeys(cls.left_out(preset))
         try:
             pipeline = kind.from_pretrained(
@@ -194,6 +194,22 @@ class Family(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent at the preset's resolution."""
 
+    def latent_size(self, patch: int = 2) -> tuple[int, int]:
+        """(h, w) of a latent that the transformer reads in squares of `patch` by `patch`.
+
+        Raises UsageError for a resolution that is no whole number of such squares.
+        """
+        preset, scale = self.preset, self.pipeline.vae_scale_factor
+        for name, pixels in (("height", preset.height), ("width", preset.width)):
+            if pixels % (patch * scale):
+                below = pixels // (patch * scale) * patch * scale
+                nearest = " or ".join(str(n) for n in (below, below + patch * scale) if n)
+                raise UsageError(
+                    f"model '{preset.name}': its resolution's {name} of {pixels} is no multiple of {patch * scale}; "
+                    f"use {nearest}"
+                )
+        return preset.height // scale, preset.width // scale
+
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """The sampler's sigmas (num_steps + 1,) float32, from 1 to 0, as the pipeline's own call makes them.
 
@@ -213,8 +229,8 @@ class Family(ABC):
 
     def call_arguments(self, num_steps: int, scale: float) -> dict[str, Any]:
         """The arguments with which the pipeline's own call, in plain diffusers, samples as this family does."""
-        side = self.preset.resolution
-        arguments: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": num_steps}
+        size = {"height": self.preset.height, "width": self.preset.width}
+        arguments: dict[str, Any] = {**size, "num_inference_steps": num_steps}
         if self.preset.sigma_spacing == "linspace":
             arguments["sigmas"] = even_sigmas(num_steps)
         return {**arguments, "guidance_scale": scale, "max_sequence_length": self.preset.max_sequence_length}

@@ -69,8 +69,7 @@ class Flux(Family):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """As in the base class, before packing; the sides are even."""
-        side = 2 * (self.preset.resolution // (2 * self.pipeline.vae_scale_factor))
-        return (self.transformer.config.in_channels // 4, side, side)
+        return (self.transformer.config.in_channels // 4, *self.latent_size())
 
     def shift_arguments(self) -> dict[str, float]:
         """As in the base class; by the number of image tokens."""

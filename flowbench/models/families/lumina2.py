@@ -74,8 +74,7 @@ class Lumina2(Family):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """As in the base class; the sides are even."""
-        side = 2 * (self.preset.resolution // (2 * self.pipeline.vae_scale_factor))
-        return (self.transformer.config.in_channels, side, side)
+        return (self.transformer.config.in_channels, *self.latent_size())
 
     def shift_arguments(self) -> dict[str, float]:
         """As in the base class, where the scheduler asks for it."""

@@ -68,13 +68,12 @@ class StableDiffusion3(Family):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """As in the base class."""
-        side = self.preset.resolution // self.pipeline.vae_scale_factor
-        return (self.transformer.config.in_channels, side, side)
+        return (self.transformer.config.in_channels, *self.latent_size(self.transformer.config.patch_size))
 
     def shift_arguments(self) -> dict[str, float]:
         """As in the base class; by the number of image tokens, where the scheduler asks for it."""
         scheduler = self.pipeline.scheduler
         if not scheduler.config.get("use_dynamic_shifting"):
             return {}
-        side = self.latent_shape[1] // self.transformer.config.patch_size
-        return {"mu": shift_for(scheduler, side * side)}
+        _, h, w = self.latent_shape
+        return {"mu": shift_for(scheduler, h * w // self.transformer.config.patch_size**2)}

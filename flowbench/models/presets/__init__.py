@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.families import family_entry
@@ -17,42 +17,61 @@ from flowbench.prompts import prompt_sets
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
 ANALYTIC = "analytic:"  # a source that is a formula
+Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 OWN_SPACING: Literal["pipeline"] = "pipeline"  # of a sampler's steps: that of the pipeline's own call
 
 
 class ModelPreset(BaseModel):
     """A model and how it is sampled, with the defaults of runs on it.
 
-    source: hub id, folder, or "embedded:NAME"; family: of its pipeline, see models/families; resolution in pixels;
-    num_steps and guidance_scale of sampling (1 is none); sigma_spacing: of the sampler's steps, wherever the model is
-    sampled: as the pipeline's own call has it, or "linspace", equal steps before the model's shift (docs/sampling.md);
-    rewards: constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring
-    their own defaults for the models that they know by name; like: the built-in model whose defaults they use if they
-    do not know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on
-    this model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
+    source: hub id, folder, or "embedded:NAME"; family: of its pipeline, see models/families; resolution in pixels: the
+    side of a square, or (height, width); dtype: of the weights on a GPU, cpu_dtype: on a CPU; num_steps and
+    guidance_scale of sampling (1 is none); sigma_spacing: of the sampler's steps, wherever the model is sampled: as
+    the pipeline's own call has it, or "linspace", equal steps before the model's shift (docs/sampling.md); rewards:
+    constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring their
+    own defaults for the models that they know by name; like: the built-in model whose defaults they use if they do not
+    know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on this
+    model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    added_later: ClassVar = frozenset({"family", "sigma_spacing"})
+    added_later: ClassVar = frozenset({"cpu_dtype", "family", "sigma_spacing"})
 
     name: str
     source: str
     family: str = "sd3"
     revision: str | None = None
     licence: str
-    resolution: int
+    resolution: PositiveInt | tuple[PositiveInt, PositiveInt]
     num_steps: int
     guidance_scale: float
     sigma_spacing: Literal["pipeline", "linspace"] = OWN_SPACING
     max_sequence_length: int
     has_t5: bool
-    dtype: str = "float32"
+    dtype: Precision = "float32"
+    cpu_dtype: Precision = "float32"
     prompts: str
     rewards: dict[str, dict[str, Any]] = {}
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     like: str | None = None
     algorithms: dict[str, dict[str, dict[str, Any]]] = {}
+
+    @field_validator("resolution")
+    @classmethod
+    def _square_is_one_number(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        """One spelling and so one hash of the same size."""
+        return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+
+    @property
+    def height(self) -> int:
+        """H of an image, in pixels."""
+        return self.resolution if isinstance(self.resolution, int) else self.resolution[0]
+
+    @property
+    def width(self) -> int:
+        """W of an image, in pixels."""
+        return self.resolution if isinstance(self.resolution, int) else self.resolution[1]
 
     def settings(self, algorithm: str, reward: str) -> dict[str, dict[str, Any]]:
         """What the preset itself says, by section, of an algorithm on a reward."""
@@ -69,9 +88,11 @@ class ModelPreset(BaseModel):
         """What to do when the weights are missing."""
         if self.source.startswith(EMBEDDED):
             return "rebuild it with 'flowbench testbed build'"
+        if not is_hub_id(self.source):
+            return "check that folder, or use another with --model FOLDER"
         return (
-            f"fetch it with 'hf download {self.source}' (accept its licence on the hub first), "
-            "or set FLOWBENCH_WEIGHTS to a folder that contains it"
+            f"accept its licence at https://huggingface.co/{self.source}, then 'hf auth login' and "
+            f"'hf download {self.source}'; or set FLOWBENCH_WEIGHTS to a folder that contains it, or use --model FOLDER"
         )
 
 
@@ -82,7 +103,7 @@ class AnalyticPreset(ModelPreset):
     """
 
     family: str = "plane"
-    resolution: int = 1
+    resolution: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     guidance_scale: float = 1.0
     max_sequence_length: int = 1
     has_t5: bool = False
