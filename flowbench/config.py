@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 
 class _Section(BaseModel):
+    """Base of the configuration's parts.
+
+    added_later: settings that older records do not have; divides: those that only divide the work, so that they change
+    memory and time and no result.
+    """
+
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    divides: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -33,9 +41,10 @@ class TrainingConfig(_Section):
     added_later: ClassVar = frozenset(
         (
             *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
-            *("sde_window_stay", "shared_noise"),
+            *("rollout_batch", "sde_window_stay", "shared_noise"),
         )
     )
+    divides: ClassVar = frozenset(("decode_batch", "gradient_checkpointing", "microbatch", "rollout_batch"))
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
     prompts_per_iteration: int = Field(16, ge=1)
@@ -55,6 +64,7 @@ class TrainingConfig(_Section):
         "raw", description="of each reward in a sum: as it is, or by its own mean and deviation over the run so far"
     )
     microbatch: int | None = Field(None, ge=1, description="rows per backward pass; None is the whole minibatch")
+    rollout_batch: int | None = Field(None, ge=1, description="images sampled at a time; None is all of an iteration")
     decode_batch: int = Field(64, ge=1, description="images decoded and scored at a time")
     gradient_checkpointing: bool = False
     sampler: str = Field("ode", description="sampler of training rollouts")
@@ -106,6 +116,7 @@ class EvaluationConfig(_Section):
     """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
 
     added_later: ClassVar = frozenset(("guidance_scale", "judges", "unguided"))
+    divides: ClassVar = frozenset(("batch",))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
@@ -118,6 +129,9 @@ class EvaluationConfig(_Section):
         None, description="rewards that score without being trained on; None is all of the model's, and the oracle"
     )
     seed: int = 20_251
+
+
+S = TypeVar("S", bound=_Section)
 
 
 class RunConfig(_Section):
@@ -142,10 +156,26 @@ class RunConfig(_Section):
         """What the run's prompts are read from."""
         return self.prompts or preset.prompts
 
+    def undivided(self) -> RunConfig:
+        """The same run with the work divided as the model and the algorithm say, whatever it says itself."""
+        preset, cls = load_preset(self.model, resolve=False), algorithms.get(self.algorithm).cls
+        changed = preset.settings(self.algorithm, self.reward)["training"]
+        training = {**preset.training, **_brought(cls, preset, self.reward).training, **changed}
+        return self.model_copy(
+            update={
+                "training": _undivided(self.training, training),
+                "evaluation": _undivided(self.evaluation, preset.evaluation),
+            }
+        )
+
     def hash(self) -> str:
-        """Ten hex digits over everything but seed and device, the contents of preset and prompt files included."""
+        """Ten hex digits over what decides the results, the contents of preset and prompt files included.
+
+        That is everything but seed, device, and how the work is divided.
+        """
         content = self.model_dump(mode="json", exclude={"seed", "device", "prompts", "prompts_hash"})
-        content |= {"training": hashable(self.training), "evaluation": hashable(self.evaluation)}
+        same = self.undivided()
+        content |= {"training": hashable(same.training), "evaluation": hashable(same.evaluation)}
         content["hyperparameters"] = _without_unused(self.hyperparameters, algorithms.get(self.algorithm).cls.Config)
         # Its defaults, and those that it takes from a model like it, are in the resolved settings already.
         resolved = {"training", "evaluation", "algorithms", "like"}
@@ -158,6 +188,12 @@ class RunConfig(_Section):
         if self.prompts_hash:  # what the files hold decides, not where they lie
             content["preset"]["prompts"] = self.prompts_hash
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _undivided(section: S, usual: Mapping[str, Any]) -> S:
+    """The section with what only divides the work as in `usual`, or else at its defaults."""
+    fields = type(section).model_fields
+    return section.model_copy(update={name: usual.get(name, fields[name].default) for name in section.divides})
 
 
 def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:

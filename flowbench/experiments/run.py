@@ -105,7 +105,7 @@ def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
 def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     """Make the run folder and write its config.yaml.
 
-    Raises UsageError when it already holds a finished run, or an unfinished one without `resume`.
+    Raises UsageError when it already holds a finished run, an unfinished one without `resume`, or none with it.
     """
     if (folder / DONE).exists():
         raise UsageError(
@@ -113,6 +113,8 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         )
     if (folder / CHECKPOINT).exists() and not resume:
         raise UsageError(f"an unfinished run is in {folder}; add --resume to continue it, or delete the folder")
+    if resume and not (folder / CHECKPOINT).exists():
+        raise UsageError(f"nothing to resume in {folder}; check --output, --seed and the settings, or drop --resume")
     if not resume and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,7 +267,7 @@ def make_record(
         prompts={split: [p.text for p in pair.base.prompts] for split, pair in pairs.items()},
         config=config.model_dump(mode="json"),
         config_hash=config.hash(),
-        protocol_hash=protocol_hash(config.evaluation, splits, load_preset(config.model).sigma_spacing),
+        protocol_hash=protocol_hash(config.undivided().evaluation, splits, load_preset(config.model).sigma_spacing),
         prompt_hashes={s.name: s.sha256 for s in all_splits},
         reward_provenance=reward.provenance(),
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},

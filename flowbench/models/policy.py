@@ -53,7 +53,7 @@ class Policy(Sampling):
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
         self.function_evaluations = 0
-        self._anchored = False
+        self._anchored, self.gradient_checkpointing = False, gradient_checkpointing
         for part in self.family.modules():
             part.requires_grad_(False).eval().to(device)
         self.texts = TextCache(self.family, device)
@@ -206,9 +206,9 @@ class Policy(Sampling):
         """The sampler's sigmas (num_steps + 1,), from 1 to 0, from the pipeline's own scheduler."""
         return self.family.sigmas(num_steps).to(self.device)
 
-    def draw_noise(self, n: int) -> torch.Tensor:
-        """Standard normal latents (n, C, h, w)."""
-        return self._randn((n, *self.latent_shape))
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
+        """Standard normal latents (n, C, h, w), on the policy's device or another."""
+        return self._randn((n, *self.latent_shape)).to(device or self.device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -233,13 +233,17 @@ class Policy(Sampling):
         return sigma.to(self.device)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1]; differentiable when gradients are on."""
-        return self.family.decode(latents)
+        """Images (B, 3, H, W) float32 in [0, 1] on the device; differentiable when gradients are on.
+
+        With gradient checkpointing each image is then decoded on its own, and again in the backward pass: the memory
+        that many images take is that of one.
+        """
+        return self.family.decode(latents.to(self.device), checkpoint=self.gradient_checkpointing)
 
     def draw_integers(self, high: int, n: int) -> torch.Tensor:
         """n uniform integers in [0, high)."""
         return torch.randint(high, (n,), generator=self.generator).to(self.device)
 
     def _randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        # Drawn on the CPU whatever the device, so that a seed means the same noise everywhere.
-        return torch.randn(shape, generator=self.generator).to(self.device)
+        # On the host whatever the device, so that a seed means the same noise everywhere.
+        return torch.randn(shape, generator=self.generator)

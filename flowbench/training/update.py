@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from flowbench.algorithm import Algorithm
 from flowbench.config import RunConfig
 from flowbench.errors import RunError
+from flowbench.models.memory import Portion
 from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.average import WeightAverage
-from flowbench.training.rows import Cut, compared, drawn, shuffled
+from flowbench.training.rows import UPDATE, Cut, compared, drawn, shuffled
 
 
 class Metrics:
@@ -65,6 +66,7 @@ class Updater:
         if training.anchor_decay is not None:
             policy.add_view(ANCHOR)
         self._iteration = 0
+        self.portion = Portion(UPDATE, training.microbatch, "rows")
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Pass over the rows of iteration `iteration` in random minibatches; returns the means of the metrics.
@@ -94,18 +96,44 @@ class Updater:
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
         """
-        cut, metrics, updates_policy = self._cut(batch, microbatch), Metrics(), False
+        portion = self.portion if microbatch == self.config.training.microbatch else Portion(UPDATE, microbatch, "rows")
+        cut = Cut(portion.size or len(batch), self.algorithm.whole_groups)
         with self.policy.anchored():
-            batch, comparison = compared(self.algorithm, self.policy, batch, cut)
-            for rows in cut.parts(batch):
-                loss = self.algorithm.loss(self.policy, batch.select(rows))
-                (self._total(loss) * (len(rows) / len(batch))).backward()
-                updates_policy |= loss.policy is not None
-                for name, values in loss.metrics.items():
-                    metrics.add(name, values)
+            batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion)
+            metrics, updates_policy = self._accumulate(batch, portion, self.algorithm.loss)
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
         return metrics.means(), updates_policy
+
+    def _accumulate(
+        self, batch: Batch, portion: Portion, loss_of: Callable[[Policy, Batch], Loss | None]
+    ) -> tuple[Metrics, bool]:
+        """Add the gradient of the mean loss, in microbatches; what they log, and whether one has a loss of the policy.
+
+        When memory runs out, what was added is taken back and all of it is done again in smaller microbatches: a
+        backward pass that fails half-way has already added to some gradients.
+        """
+        whole, rows = self.algorithm.whole_groups, torch.arange(len(batch))
+        parameters = [*self.parameters, *self.auxiliary_parameters]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+
+        def undo() -> None:
+            for p, gradient in zip(parameters, before, strict=True):
+                p.grad = None if gradient is None else gradient.clone()
+
+        def work(size: int) -> tuple[Metrics, bool]:
+            metrics, updates_policy = Metrics(), False
+            for part in Cut(size, whole).parts(batch, rows):
+                loss = loss_of(self.policy, batch.select(part).fetched())
+                if loss is not None:
+                    (self._total(loss) * (len(part) / len(batch))).backward()
+                    updates_policy |= loss.policy is not None
+                    for name, values in loss.metrics.items():
+                        metrics.add(name, values)
+            return metrics, updates_policy
+
+        longest = max(Cut(1, whole).groups(batch, rows) or (1,))
+        return portion.whole(work, len(batch), longest, undo)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
@@ -127,10 +155,6 @@ class Updater:
         """The rows with the noise and sigmas that a step hands them."""
         return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
-    def _cut(self, batch: Batch, microbatch: int | None) -> Cut:
-        """How a minibatch is divided for the backward pass; None is not at all."""
-        return Cut(microbatch or len(batch), self.algorithm.whole_groups)
-
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._clip(self.auxiliary_parameters)
         optimizer.step()
@@ -138,12 +162,15 @@ class Updater:
 
     def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One more step of the algorithm's own networks, on fresh noise."""
-        batch, learns = self.drawn(batch), False
-        for rows in self._cut(batch, self.config.training.microbatch).parts(batch):
-            loss = self.algorithm.auxiliary_loss(self.policy, batch.select(rows))
-            if loss is not None:
-                (self._total(Loss(None, loss)) * (len(rows) / len(batch))).backward()
-                learns = True
+        learns = False
+
+        def loss_of(policy: Policy, rows: Batch) -> Loss | None:
+            nonlocal learns
+            loss = self.algorithm.auxiliary_loss(policy, rows)
+            learns |= loss is not None
+            return None if loss is None else Loss(None, loss)
+
+        self._accumulate(self.drawn(batch), self.portion, loss_of)
         if learns:
             self._auxiliary_step(optimizer)
 

@@ -213,7 +213,7 @@ class ConstantVelocity:
     def text_summary(self, cond: Conditioning) -> torch.Tensor:
         return torch.zeros(len(cond), 4)
 
-    def draw_noise(self, n: int) -> torch.Tensor:
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
         return self.u  # of images that are 0
 
     def draw_sigmas(self, n: int) -> torch.Tensor:

@@ -6,11 +6,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 
 from flowbench.errors import RunError, UsageError
 from flowbench.models.families import family_entry, family_of
@@ -235,12 +237,17 @@ class Family(ABC):
             arguments["sigmas"] = even_sigmas(num_steps)
         return {**arguments, "guidance_scale": scale, "max_sequence_length": self.preset.max_sequence_length}
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] of latents (B, C, h, w); differentiable when gradients are on."""
+    def decode(self, latents: torch.Tensor, checkpoint: bool = False) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] of latents (B, C, h, w); differentiable when gradients are on.
+
+        checkpoint: where a gradient is needed, decode images one by one, each of them again in the backward pass.
+        """
         vae = self.pipeline.vae
         z = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(next(vae.parameters()).dtype)
-        if torch.is_grad_enabled() and z.requires_grad and z.is_cuda:
-            image = torch.utils.checkpoint.checkpoint(self._decode, z, use_reentrant=False)
+        if checkpoint and torch.is_grad_enabled() and z.requires_grad:
+            # One checkpoint around all of them saves nothing: the backward pass decodes them all again at once.
+            again = partial(torch.utils.checkpoint.checkpoint, self._decode, use_reentrant=False)
+            image = torch.cat([again(one) for one in z.split(1)])
         else:
             image = self._decode(z)
         return (image.float() / 2 + 0.5).clamp(0, 1).contiguous()  # as rewards expect, not as the VAE keeps it

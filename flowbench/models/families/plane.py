@@ -80,7 +80,7 @@ class Plane(Family):
         """As in the base class; always evenly spaced, and not shifted."""
         return torch.linspace(1, 0, num_steps + 1)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, checkpoint: bool = False) -> torch.Tensor:
         """The points themselves (B, 2, 1, 1)."""
         return latents
 
