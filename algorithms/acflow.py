@@ -214,7 +214,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
 
     def after_iteration(self, policy: Policy) -> None:
         for critic in self.critics.values():
-            critic.learn()
+            critic.learn(policy.processes)
         if self.cfg.anchor_decay is not None:
             policy.update_view("average", self.cfg.anchor_decay)
 

@@ -15,6 +15,7 @@ from flowbench.reward import Reward, check_signal, checked_score
 from flowbench.rollout import Rollout, RolloutPlan
 from flowbench.seeding import generator_for
 from flowbench.training.budget import Budget
+from flowbench.training.processes import joined, own_groups
 
 
 class Collector:
@@ -32,27 +33,31 @@ class Collector:
         """
         training, seed, device = self.config.training, self.config.seed, self.policy.device
         group, prompts = self._draw_prompts(iteration)
-        needs, plan = self.algorithm.needs(), self.algorithm.plan()
+        needs, plan, processes = self.algorithm.needs(), self.algorithm.plan(), self.policy.processes
+        groups, mine = own_groups(processes, training)
         self.policy.generator = generator_for(seed, "rollout", iteration)
-        with budget.timed("rollout", device):
+        with budget.timed("rollout", device), processes.drawing(groups, training.prompts_per_iteration):
             cond = self.policy.encode(prompts)
             samples = self.policy.rollout(
-                cond,
-                self._draw_noise(group, plan),
+                cond.select(torch.arange(len(group), device=device)[mine]),
+                self._draw_noise(group[mine], plan),
                 sampler=self.policy.sampler,
                 num_steps=self.policy.num_steps,
                 guidance_scale=training.guidance_scale,
                 window=stochastic_steps(training, self.policy.num_steps, seed, iteration),
                 keep_states=bool(needs & {"states", "log_prob"}),
                 weights="old" if "old" in needs else "current",
-                group=group.to(device),
+                group=group[mine].to(device),
                 branch_step=plan.branch_step,
                 keep_steps=plan.keep_steps,
             )
         with budget.timed("decode", device), torch.no_grad():
             images = torch.cat([self.policy.decode(part) for part in samples.x0.split(training.decode_batch)])
         with budget.timed("reward", device):
-            scores = self._scores(images, prompts, iteration, budget)
+            scores = self._scores(images, prompts[mine], budget)
+        samples, images, scores = joined(processes, samples, images, scores)
+        for name, part in self.reward.parts().items():
+            check_signal(part.info, scores[name], iteration + 1)
         self.reward.observe(scores)
         return Rollout(
             iteration=iteration,
@@ -74,7 +79,8 @@ class Collector:
         """The first noise (B, C, h, w) of images with these groups (B,)."""
         if not plan.shared_noise:
             return self.policy.draw_noise(len(group))
-        return self.policy.draw_noise(int(group.max()) + 1)[group.to(self.policy.device)]
+        first = int(group.min())  # of this process
+        return self.policy.draw_noise(int(group.max()) - first + 1)[group.to(self.policy.device) - first]
 
     def _draw_prompts(self, iteration: int) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
         """The group (B,) of each image of an iteration, and its prompt; all prompts before one comes twice."""
@@ -86,15 +92,12 @@ class Collector:
         return group, tuple(self.prompts[chosen[g]] for g in group)
 
     @torch.no_grad()
-    def _scores(
-        self, images: torch.Tensor, prompts: tuple[str, ...], iteration: int, budget: Budget
-    ) -> dict[str, torch.Tensor]:
-        """Raw scores (B,) of all images by each part of the reward."""
+    def _scores(self, images: torch.Tensor, prompts: tuple[str, ...], budget: Budget) -> dict[str, torch.Tensor]:
+        """Raw scores (B,) of images by each part of the reward."""
         size, scores = self.config.training.decode_batch, {}
         for name, part in self.reward.parts().items():
             batches = zip(images.split(size), _split(prompts, size), strict=True)
             scores[name] = torch.cat([checked_score(part, x, texts) for x, texts in batches])
-            check_signal(part.info, scores[name], iteration + 1)
             budget.reward_calls += len(prompts)
         return scores
 

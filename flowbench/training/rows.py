@@ -11,6 +11,7 @@ from flowbench.algorithm import Algorithm
 from flowbench.errors import RunError
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Compared
+from flowbench.training.processes import gathered_scalars
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Cut:
         """
         rows = torch.arange(len(batch)) if order is None else order
         for part in rows.split(self.size) if not self.whole_groups else self._whole(batch, rows):
-            yield part.to(batch.x0.device)
+            if len(part):  # a process may have no rows of a minibatch
+                yield part.to(batch.x0.device)
 
     def _whole(self, batch: Batch, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         if batch.group is None:
@@ -72,10 +74,17 @@ def drawn(algorithm: Algorithm, policy: Policy, batch: Batch, shared: bool | Non
 
 
 @torch.no_grad()
-def compared(algorithm: Algorithm, policy: Policy, batch: Batch, cut: Cut) -> tuple[Batch, Compared]:
-    """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log."""
-    measured: list[Mapping[str, torch.Tensor]] = [{}]
+def compared(
+    algorithm: Algorithm, policy: Policy, batch: Batch, cut: Cut, own: torch.Tensor | None = None
+) -> tuple[Batch, Compared]:
+    """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log.
+
+    own: the rows that this process measures, the others' being those of other processes; default: all.
+    """
+    measured: list[Mapping[str, torch.Tensor]] = []
     if type(algorithm).measure is not Algorithm.measure:  # else no rows need be copied
-        measured = [algorithm.measure(policy, batch.select(rows)) for rows in cut.parts(batch)]
-    result = algorithm.compare({name: torch.cat([part[name] for part in measured]) for name in measured[0]})
+        measured = [algorithm.measure(policy, batch.select(rows)) for rows in cut.parts(batch, own)]
+    names = measured[0] if measured else {}
+    scalars = {name: torch.cat([part[name] for part in measured]) for name in names}
+    result = algorithm.compare(gathered_scalars(policy.processes, scalars))
     return replace(batch, scalars={**batch.scalars, **result.scalars}), result

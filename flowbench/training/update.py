@@ -13,6 +13,7 @@ from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.average import WeightAverage
+from flowbench.training.processes import gathered_parts, own_rows
 from flowbench.training.rows import Cut, compared, drawn, shuffled
 
 
@@ -93,23 +94,27 @@ class Updater:
         """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
+        Of several processes each adds the part of its own rows; `Processes.add_gradients` then makes it whole.
         """
+        own = self._own(batch)
         cut, metrics, updates_policy = Cut(microbatch or len(batch), self.algorithm.whole_groups), Metrics(), False
         with self.policy.anchored():
-            batch, comparison = compared(self.algorithm, self.policy, batch, cut)
-            for rows in cut.parts(batch):
+            batch, comparison = compared(self.algorithm, self.policy, batch, cut, own)
+            for rows in cut.parts(batch, own):
                 loss = self.algorithm.loss(self.policy, batch.select(rows))
                 (self._total(loss) * (len(rows) / len(batch))).backward()
                 updates_policy |= loss.policy is not None
                 for name, values in loss.metrics.items():
                     metrics.add(name, values)
+        metrics.parts = gathered_parts(self.policy.processes, metrics.parts)
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
-        return metrics.means(), updates_policy
+        return metrics.means(), self.policy.processes.any(updates_policy)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
         metrics, updates_policy = self.gradient(self.drawn(batch), self.config.training.microbatch)
+        self.policy.processes.add_gradients([*self.parameters, *self.auxiliary_parameters])
         if updates_policy:
             metrics["grad_norm"] = self._clip(self.parameters)
             self.optimizer.step()
@@ -127,6 +132,10 @@ class Updater:
         """The rows with the noise and sigmas that a step hands them."""
         return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
+    def _own(self, batch: Batch) -> torch.Tensor:
+        """The rows of a minibatch that are this process's."""
+        return own_rows(self.policy.processes, batch, self.algorithm.whole_groups)
+
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._clip(self.auxiliary_parameters)
         optimizer.step()
@@ -136,12 +145,13 @@ class Updater:
         """One more step of the algorithm's own networks, on fresh noise."""
         batch, learns = self.drawn(batch), False
         cut = Cut(self.config.training.microbatch or len(batch), self.algorithm.whole_groups)
-        for rows in cut.parts(batch):
+        for rows in cut.parts(batch, self._own(batch)):
             loss = self.algorithm.auxiliary_loss(self.policy, batch.select(rows))
             if loss is not None:
                 (self._total(Loss(None, loss)) * (len(rows) / len(batch))).backward()
                 learns = True
-        if learns:
+        if self.policy.processes.any(learns):
+            self.policy.processes.add_gradients(self.auxiliary_parameters)
             self._auxiliary_step(optimizer)
 
     def _total(self, loss: Loss) -> torch.Tensor:
