@@ -105,7 +105,7 @@ def _shared(
     own, part = processes.share(len(prompts)), None
     if own:
         part = _score(policy, weights, split.name, (prompts, own), judges, config, scale, progress)
-    told = [other for other in processes.objects(part) if other is not None]
+    told = [other for other in processes.objects(part, f"scores of {split.name}") if other is not None]
     if len(told) == 1:
         return told[0]
     progress((len(prompts) - len(own)) * config.images_per_prompt)

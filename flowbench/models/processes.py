@@ -12,7 +12,8 @@ import datetime
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import distributed
@@ -26,6 +27,15 @@ T = TypeVar("T")
 PIECE = 1 << 26  # numbers exchanged at a time: a quarter of a GiB of float32
 TIMEOUT = "FLOWBENCH_TIMEOUT"  # seconds, in the environment
 PATIENCE = 3600  # the longest that processes have to wait for each other by default: for a model that main downloads
+
+
+@dataclass(frozen=True)
+class _Message(Generic[T]):
+    """What a process says where all meet: from which place, and what, or why it fails."""
+
+    at: str
+    value: T
+    failure: str | None = None
 
 
 class Processes:
@@ -58,33 +68,35 @@ class Processes:
 
     # --- exchange -------------------------------------------------------------------------------------------------
 
-    def objects(self, value: T) -> list[T]:
-        """What each process gave, by rank.
+    def objects(self, value: T, at: str) -> list[T]:
+        """What each process gave, by rank; at: the place in the program where they meet.
 
-        Raises PeerError when another process has failed, RunError when one cannot be reached.
+        Raises PeerError when another process has failed, RunError when one cannot be reached or is at another place.
         """
         if self.count == 1:
             return [value]
-        told = self._exchange((None, value))
-        for rank, (failure, _) in enumerate(told):
-            if failure is not None:
-                raise PeerError(f"process {rank} of {self.count}: {failure}")
-        return [value for _, value in told]
+        told = self._exchange(_Message(at, value))
+        for rank, other in enumerate(told):
+            if other.failure is not None:
+                raise PeerError(f"process {rank} of {self.count}: {other.failure}")
+            if other.at != at:
+                raise RunError(f"processes {self.rank} and {rank} have come apart, at '{at}' and '{other.at}'")
+        return [other.value for other in told]
 
     def wait(self) -> None:
         """Return when all processes have called this.
 
         Raises PeerError and RunError as `objects` does.
         """
-        self.objects(None)
+        self.objects(None, "wait")
 
     def any(self, flag: bool) -> bool:
         """Whether one of them says so."""
-        return any(self.objects(flag))
+        return any(self.objects(flag, "any"))
 
     def total(self, numbers: Sequence[int]) -> list[int]:
         """The sum over processes of each number."""
-        return [sum(values) for values in zip(*self.objects(tuple(numbers)), strict=True)]
+        return [sum(values) for values in zip(*self.objects(tuple(numbers), "total"), strict=True)]
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows (R, ...) of all processes, in the order of ranks, where these rows are: on the host or the device.
@@ -93,7 +105,7 @@ class Processes:
         """
         if self.count == 1:
             return rows
-        sizes = self.objects(len(rows))
+        sizes = self.objects(len(rows), "gather")
         whole = rows.new_empty((sum(sizes), *rows.shape[1:]))
         for source, part in enumerate(whole.split(sizes)):
             if source == self.rank:
@@ -102,31 +114,36 @@ class Processes:
                 self._broadcast(piece, source)
         return whole
 
-    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Make the gradient of each parameter the sum over processes; one that has none anywhere stays without."""
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter], value: T) -> list[T]:
+        """Make the gradient of each parameter the sum over processes; one that has none anywhere stays without.
+
+        Exchanges a value on the way, as `objects` does.
+        """
         if self.count == 1:
-            return
-        present = [p.grad is not None for p in parameters]
-        anywhere = [any(flags) for flags in zip(*self.objects(present), strict=True)]
+            return [value]
+        told = self.objects(([p.grad is not None for p in parameters], value), "gradients")
+        anywhere = [any(flags) for flags in zip(*(present for present, _ in told), strict=True)]
         gradients = [_gradient(p) for p, used in zip(parameters, anywhere, strict=True) if used]
         for bucket in _buckets(gradients):
             flat = torch.cat([g.flatten().to(_exact(g.dtype)) for g in bucket])
             distributed.all_reduce(flat)
             for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(total.view_as(gradient))
+        return [other for _, other in told]
 
     def fail(self, error: Exception) -> None:
         """Tell the others that this process fails; each of them raises PeerError where they meet next."""
-        self._exchange((str(error) or type(error).__name__, None))
+        self._exchange(_Message("failure", None, str(error) or type(error).__name__))
 
-    def _exchange(self, message: tuple[str | None, T]) -> list[tuple[str | None, T]]:
-        told: list[tuple[str | None, T]] = [message] * self.count
+    def _exchange(self, message: _Message[T]) -> list[_Message[T]]:
+        told = [message] * self.count
         try:
             distributed.all_gather_object(told, message)
         except RuntimeError as error:
+            reason = str(error).splitlines()[0].rpartition("] ")[2].split(". ")[0]
             raise LostError(
-                f"process {self.rank} of {self.count} lost the others ({str(error).splitlines()[0]}); "
-                "see what the process that ended first says, and continue with --resume"
+                f"process {self.rank} of {self.count} lost the others ({reason}); see what the one that ended first "
+                "says, and continue with --resume"
             ) from error
         return told
 

@@ -103,7 +103,7 @@ class LeastSquaresCritic(Critic):
 def _gathered(seen: list[tuple[torch.Tensor, ...]], processes: Processes) -> list[torch.Tensor]:
     """Each quantity of the rows that all processes saw, from those of this one; nothing if there were none."""
     own = [torch.cat(parts) for parts in zip(*seen, strict=True)]
-    told = [part for part in processes.objects([part[:0].cpu() for part in own]) if part]  # one may have seen none
+    told = [part for part in processes.objects([part[:0].cpu() for part in own], "seen") if part]  # one may have none
     if not told:
         return []
     return [processes.gather(part) for part in own or [part.to(processes.device) for part in told[0]]]

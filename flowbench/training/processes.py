@@ -75,26 +75,24 @@ def _slice(rows: range) -> slice:
     return slice(rows.start, rows.stop)
 
 
-def gathered_scalars(processes: Processes, scalars: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The named scalars (R,) of all rows of a minibatch, from those of this process, whose order is that of the rows.
+def gathered_scalars(processes: Processes, measured: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The named scalars (R,) of all rows of a minibatch, from those of this process, part by part.
 
-    A process without rows has no names either.
+    A process without rows has no parts.
     """
-    if processes.count == 1:
-        return dict(scalars)
-    told = [part for part in processes.objects({name: v.cpu() for name, v in scalars.items()}) if part]
-    return {name: torch.cat([part[name] for part in told]).to(processes.device) for name in (told[0] if told else {})}
+    if processes.count > 1:
+        own = [{name: values.cpu() for name, values in part.items()} for part in measured]
+        told = [part for parts in processes.objects(own, "measured") for part in parts]
+        measured = [{name: values.to(processes.device) for name, values in part.items()} for part in told]
+    return {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
 
 
-def gathered_parts(processes: Processes, parts: dict[str, list[tuple[N, int]]]) -> dict[str, list[tuple[N, int]]]:
-    """The named means of all processes, each with the number of its values, from those of this one."""
-    if processes.count == 1:
-        return parts
-    told: dict[str, list[tuple[N, int]]] = {}
-    for own in processes.objects(parts):
-        for name, means in own.items():
-            told.setdefault(name, []).extend(means)
-    return told
+def joined_means(told: Sequence[dict[str, list[tuple[N, int]]]]) -> dict[str, list[tuple[N, int]]]:
+    """The named means of all processes, each with the number of its values, from those of each."""
+    if len(told) == 1:
+        return told[0]
+    names = dict.fromkeys(name for means in told for name in means)
+    return {name: [mean for means in told for mean in means.get(name, [])] for name in names}
 
 
 def check_equal(processes: Processes, tensors: Sequence[torch.Tensor], iteration: int) -> None:
@@ -107,7 +105,7 @@ def check_equal(processes: Processes, tensors: Sequence[torch.Tensor], iteration
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    digests = processes.objects(digest.hexdigest())
+    digests = processes.objects(digest.hexdigest(), "weights")
     if len(set(digests)) > 1:
         odd = next(rank for rank, other in enumerate(digests) if other != digests[0])
         raise RunError(

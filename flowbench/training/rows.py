@@ -81,10 +81,9 @@ def compared(
 
     own: the rows that this process measures, the others' being those of other processes; default: all.
     """
-    measured: list[Mapping[str, torch.Tensor]] = []
+    scalars: Mapping[str, torch.Tensor] = {}
     if type(algorithm).measure is not Algorithm.measure:  # else no rows need be copied
         measured = [algorithm.measure(policy, batch.select(rows)) for rows in cut.parts(batch, own)]
-    names = measured[0] if measured else {}
-    scalars = {name: torch.cat([part[name] for part in measured]) for name in names}
-    result = algorithm.compare(gathered_scalars(policy.processes, scalars))
+        scalars = gathered_scalars(policy.processes, measured)
+    result = algorithm.compare(scalars)
     return replace(batch, scalars={**batch.scalars, **result.scalars}), result

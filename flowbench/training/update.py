@@ -13,7 +13,7 @@ from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.average import WeightAverage
-from flowbench.training.processes import gathered_parts, own_rows
+from flowbench.training.processes import joined_means, own_rows
 from flowbench.training.rows import Cut, compared, drawn, shuffled
 
 
@@ -94,7 +94,7 @@ class Updater:
         """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
-        Of several processes each adds the part of its own rows; `Processes.add_gradients` then makes it whole.
+        Of several processes each differentiates rows of its own, and all have the sum; no gradient may be there before.
         """
         own = self._own(batch)
         cut, metrics, updates_policy = Cut(microbatch or len(batch), self.algorithm.whole_groups), Metrics(), False
@@ -106,15 +106,16 @@ class Updater:
                 updates_policy |= loss.policy is not None
                 for name, values in loss.metrics.items():
                     metrics.add(name, values)
-        metrics.parts = gathered_parts(self.policy.processes, metrics.parts)
+        parameters = [*self.parameters, *self.auxiliary_parameters]
+        told = self.policy.processes.add_gradients(parameters, (metrics.parts, updates_policy))
+        metrics.parts = joined_means([parts for parts, _ in told])
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
-        return metrics.means(), self.policy.processes.any(updates_policy)
+        return metrics.means(), any(updates for _, updates in told)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
         metrics, updates_policy = self.gradient(self.drawn(batch), self.config.training.microbatch)
-        self.policy.processes.add_gradients([*self.parameters, *self.auxiliary_parameters])
         if updates_policy:
             metrics["grad_norm"] = self._clip(self.parameters)
             self.optimizer.step()
@@ -150,8 +151,7 @@ class Updater:
             if loss is not None:
                 (self._total(Loss(None, loss)) * (len(rows) / len(batch))).backward()
                 learns = True
-        if self.policy.processes.any(learns):
-            self.policy.processes.add_gradients(self.auxiliary_parameters)
+        if any(self.policy.processes.add_gradients(self.auxiliary_parameters, learns)):
             self._auxiliary_step(optimizer)
 
     def _total(self, loss: Loss) -> torch.Tensor:
