@@ -234,7 +234,7 @@ class AcFlow(Algorithm["AcFlow.Config"]):
 
     def after_iteration(self, policy: Policy) -> None:
         for critic in self.critics.values():
-            critic.learn()
+            critic.learn(policy.processes)
 
     def networks(self) -> dict[str, torch.nn.Module]:
         network = self.critics["value"].network

@@ -82,15 +82,16 @@ def score_split(
 ) -> SplitScores:
     """Generate and score `config.images_per_prompt` images for each prompt of a split, with one weight view.
 
-    Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance.
+    Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance. The processes that
+    share the policy's work have some of the prompts each, and all of them the scores of all.
     """
     scales = guidance_scales(policy, config)
-    parts = {ending: _score(policy, weights, split, judges, config, s, progress) for ending, s in scales.items()}
+    parts = {ending: _shared(policy, weights, split, judges, config, s, progress) for ending, s in scales.items()}
     scores = {f"{metric}{ending}": v for ending, part in parts.items() for metric, v in part.scores.items()}
     return replace(parts[""], scores=scores)
 
 
-def _score(
+def _shared(
     policy: Policy,
     weights: str,
     split: PromptSplit,
@@ -99,16 +100,40 @@ def _score(
     scale: float,
     progress: Progress,
 ) -> SplitScores:
-    prompts, n = spread(split, config.prompts), config.images_per_prompt
-    rows = [(p, k) for p in range(len(prompts)) for k in range(n)]
+    """The scores of all prompts at one scale, from those that this process generates and those of the others."""
+    prompts, processes = spread(split, config.prompts), policy.processes
+    own, part = processes.share(len(prompts)), None
+    if own:
+        part = _score(policy, weights, split.name, (prompts, own), judges, config, scale, progress)
+    told = [other for other in processes.objects(part, f"scores of {split.name}") if other is not None]
+    if len(told) == 1:
+        return told[0]
+    progress((len(prompts) - len(own)) * config.images_per_prompt)
+    scores = {metric: np.concatenate([other.scores[metric] for other in told]) for metric in told[0].scores}
+    return SplitScores(prompts, scores, torch.cat([other.grid for other in told if len(other.grid)]))
+
+
+def _score(
+    policy: Policy,
+    weights: str,
+    split: str,
+    asked_for: tuple[tuple[Prompt, ...], range],
+    judges: Judges,
+    config: EvaluationConfig,
+    scale: float,
+    progress: Progress,
+) -> SplitScores:
+    """The scores at one scale of some of a split's prompts, given as all of them and which ones."""
+    (prompts, own), n = asked_for, config.images_per_prompt
+    rows = [(p, k) for p in own for k in range(n)]
     collected: dict[str, list[torch.Tensor]] = {}
     latents, grid, distances = [], [], []
     for start in range(0, len(rows), config.batch):
         part = rows[start : start + config.batch]
         asked = tuple(prompts[p] for p, _ in part)
         cond = policy.encode(asked)
-        noise = torch.cat([_noise(policy, config.seed, split.name, p, k) for p, k in part])
-        policy.generator = generator_for(config.seed, "evaluation", split.name, start)
+        noise = torch.cat([_noise(policy, config.seed, split, p, k) for p, k in part])
+        policy.generator = generator_for(config.seed, "evaluation", split, start)
         samples = policy.rollout(cond, noise, num_steps=config.num_steps, guidance_scale=scale, weights=weights)
         with torch.no_grad():
             images = policy.decode(samples.x0)
@@ -126,12 +151,12 @@ def _score(
             image.cpu() for image, (p, k) in zip(images, part, strict=True) if p < GRID_PROMPTS and k < GRID_IMAGES
         ]
         progress(len(part))
-    per_prompt = {m: torch.cat(v).reshape(len(prompts), n).mean(1).numpy() for m, v in collected.items()}
-    per_prompt["w2"] = torch.cat(distances).cpu().numpy() if distances else np.zeros(len(prompts), dtype=np.float32)
-    per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(prompts), n, -1)).numpy()
+    per_prompt = {m: torch.cat(v).reshape(len(own), n).mean(1).numpy() for m, v in collected.items()}
+    per_prompt["w2"] = torch.cat(distances).cpu().numpy() if distances else np.zeros(len(own), dtype=np.float32)
+    per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(own), n, -1)).numpy()
     shown = min(n, GRID_IMAGES)
-    picture = torch.stack(grid)
-    return SplitScores(prompts, per_prompt, picture.reshape(-1, shown, *picture.shape[1:]))
+    picture = torch.stack(grid) if grid else images[:0].cpu()
+    return SplitScores(prompts[own.start : own.stop], per_prompt, picture.reshape(-1, shown, *picture.shape[1:]))
 
 
 def within_prompt_diversity(latents: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import resource
 import shutil
@@ -33,11 +32,11 @@ from flowbench.evaluation.protocol import (
 )
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.experiments.inputs import keep_inputs
-from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
 from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.models.processes import Processes, started
 from flowbench.prompts import PromptSplit, load_split, spread
 from flowbench.record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from flowbench.registry import algorithms
@@ -48,6 +47,7 @@ from flowbench.rollout import Rollout
 from flowbench.terms import path_name
 from flowbench.testbeds.shapes.truth import truth
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
+from flowbench.training.processes import check_division
 from flowbench.training.trainer import IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
@@ -124,15 +124,27 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
 def execute(config: RunConfig, folder: Path, command: str, resume: bool, listener: Listener = Listener()) -> Record:
     """Train and evaluate; the folder then holds everything that design.md promises.
 
+    In each of several processes that were started together, this is its share of the work: main writes, and listens.
     Raises RunError when something fails on the way, with all that was computed saved.
     """
-    preset, device = load_preset(config.model), pick_device(config.device)
+    with started(config.device) as processes:
+        return _execute(config, folder, command, resume, listener if processes.is_main else Listener(), processes)
+
+
+def _execute(
+    config: RunConfig, folder: Path, command: str, resume: bool, listener: Listener, processes: Processes
+) -> Record:
+    preset, device = load_preset(config.model), processes.device
+    check_division(processes, config.training)
     splits = [load_split(config.prompt_set(preset), name) for name in config.evaluation.splits]
     train_prompts = load_split(config.prompt_set(preset), "train")
-    prepare_folder(folder, config, resume)
-    keep_inputs(folder, preset, train_prompts, splits)
+    if processes.is_main:
+        prepare_folder(folder, config, resume)
+        keep_inputs(folder, preset, train_prompts, splits)
+    processes.wait()
     reward = build_reward(config.reward, preset, device, config.training.reward_scale == "standardized")
     policy = build_policy(config, preset, device)
+    policy.processes = processes
     # Now, so that a missing or forbidden judge costs no training; a GPU's memory is then for training alone.
     early = build_judges(config, reward, preset, torch.device("cpu"), splits)
     judges = early if device.type == "cpu" else None
@@ -150,7 +162,8 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         policy.encode([p for split in splits for p in spread(split, config.evaluation.prompts)])
     budget = trainer.run()
     trainer.updater.use_average()
-    save_tuned(policy, folder / "checkpoints" / "tuned", config)
+    if processes.is_main:
+        save_tuned(policy, folder / "checkpoints" / "tuned", config)
     evaluation_begun = time.perf_counter()
     judges = judges or build_judges(config, reward, preset, device, splits)
     pairs = evaluate_pairs(policy, splits, judges, config.evaluation, listener.on_evaluation)
@@ -165,13 +178,14 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         peak_memory_mb=peak_memory_mb(device),
     )
     all_splits = [train_prompts, *splits]
-    record = make_record(config, reward, judges, spent, pairs, scores, splits, all_splits, command, device)
-    record.save(folder / RECORD)
-    draw(folder, pairs, config)
-    if study:
-        draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
-    (folder / DONE).touch()
-    listener.on_record(record, folder)
+    record = make_record(config, reward, judges, spent, pairs, scores, splits, all_splits, command, processes)
+    if processes.is_main:
+        record.save(folder / RECORD)
+        draw(folder, pairs, config)
+        if study:
+            draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
+        (folder / DONE).touch()
+        listener.on_record(record, folder)
     return record
 
 
@@ -249,7 +263,7 @@ def make_record(
     splits: list[PromptSplit],
     all_splits: list[PromptSplit],
     command: str,
-    device: torch.device,
+    processes: Processes,
 ) -> Record:
     """Everything that the record must answer for."""
     return Record(
@@ -273,7 +287,7 @@ def make_record(
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},
         command=command,
         commit=code_commit(),
-        device=_device_name(device),
+        device=processes.hardware,
         versions=package_versions(),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -334,14 +348,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
-
-
-def release_memory() -> None:
-    """Give unused memory back between two runs of one process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

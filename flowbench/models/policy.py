@@ -13,6 +13,7 @@ from flowbench.errors import UsageError
 from flowbench.models.families import family_class
 from flowbench.models.flow import get_sampler
 from flowbench.models.presets import ModelPreset
+from flowbench.models.processes import ALONE
 from flowbench.models.sampling import Samples, Sampling
 from flowbench.models.texts import TextCache
 from flowbench.models.views import ANCHOR, EXTRA_VIEWS, VIEWS, Tuning, make_views
@@ -28,7 +29,7 @@ class Policy(Sampling):
     (slow average) exist for algorithms that ask for them, "anchor" where `training.anchor_decay` does. With LoRA a view
     is an adapter state of one module; with full tuning it is a frozen copy. `generator` supplies all randomness of
     `rollout` and of the draws; the trainer sets it. `num_steps` and `guidance_scale` are those of training; None means
-    the preset's.
+    the preset's. `processes` are those that share its work.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Policy(Sampling):
         self.num_steps, self.guidance_scale = num_steps or preset.num_steps, guidance_scale
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
-        self.function_evaluations = 0
+        self.function_evaluations, self.processes = 0, ALONE
         self._anchored, self.gradient_checkpointing = False, gradient_checkpointing
         for part in self.family.modules():
             part.requires_grad_(False).eval().to(device)
@@ -246,4 +247,4 @@ class Policy(Sampling):
 
     def _randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         # On the host whatever the device, so that a seed means the same noise everywhere.
-        return torch.randn(shape, generator=self.generator)
+        return self.processes.randn(shape, self.generator)

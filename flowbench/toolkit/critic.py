@@ -13,6 +13,7 @@ from torch import nn
 
 from flowbench.algorithm import RewardFunction
 from flowbench.models.policy import Policy
+from flowbench.models.processes import ALONE, Processes
 from flowbench.rollout import Batch, Conditioning, centered_within
 from flowbench.toolkit.matching import state_of
 
@@ -66,8 +67,8 @@ class Critic:
         value = torch.zeros_like(rows.target) if judged is None else judged.detach().clone()
         return value.requires_grad_()
 
-    def learn(self) -> None:
-        """After an iteration: learn from the rows that were measured in it."""
+    def learn(self, processes: Processes = ALONE) -> None:
+        """After an iteration: learn from the rows that were measured in it, in all processes."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that was learned beside the network."""

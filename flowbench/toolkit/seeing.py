@@ -15,6 +15,7 @@ import torch
 from flowbench.algorithm import RewardFunction
 from flowbench.models.flow import predict_x0
 from flowbench.models.policy import Policy
+from flowbench.models.processes import ALONE, Processes
 from flowbench.rollout import centered_within
 from flowbench.toolkit.critic import Critic, NetworkCritic, Sight
 
@@ -54,12 +55,12 @@ class LeastSquaresCritic(Critic):
         """V, with the prompt's mean taken out if `center`."""
         return centered_within(measured, group) if self.center else measured
 
-    def learn(self) -> None:
+    def learn(self, processes: Processes = ALONE) -> None:
         """Solve for w again; the first rows also set the scale of the features."""
-        if not self._seen:
+        seen, self._seen = _gathered(self._seen, processes), []
+        if not seen:
             return
-        summary, text, sigma, target, group = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen = []
+        summary, text, sigma, target, group = seen
         if not self.learned:
             self._begin(summary, text, sigma)
         phi = self._features(summary, text, sigma)
@@ -99,6 +100,15 @@ class LeastSquaresCritic(Critic):
     def _standardized(self, name: str, values: torch.Tensor) -> torch.Tensor:
         mean, std = self.learned[f"{name}_mean"].to(values), self.learned[f"{name}_std"].to(values)
         return ((values - mean) / std).clamp(-BOUND, BOUND)
+
+
+def _gathered(seen: list[tuple[torch.Tensor, ...]], processes: Processes) -> list[torch.Tensor]:
+    """Each quantity of the rows that all processes saw, from those of this one; nothing if there were none."""
+    own = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+    told = [part for part in processes.objects([part[:0].cpu() for part in own], "seen") if part]  # one may have none
+    if not told:
+        return []
+    return [processes.gather(part) for part in own or [part.to(processes.device) for part in told[0]]]
 
 
 @functools.cache
@@ -147,12 +157,12 @@ class PreviewCritic(Critic):
         slope = product / square.clamp_min(1e-12)
         return slope[_bin(sigma)] * centered_within(measured, group)
 
-    def learn(self) -> None:
+    def learn(self, processes: Processes = ALONE) -> None:
         """Add the rows to the sums."""
-        if not self._seen:
+        seen, self._seen = _gathered(self._seen, processes), []
+        if not seen:
             return
-        preview, target, sigma, group = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen = []
+        preview, target, sigma, group = seen
         preview, target = (centered_within(part.double(), group) for part in (preview, target))
         for sums, values in zip(self.sums, (preview * target, preview.square()), strict=True):
             sums.index_add_(0, _bin(sigma).cpu(), values.cpu())

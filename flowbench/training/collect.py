@@ -22,6 +22,7 @@ from flowbench.rollout import Conditioning, Rollout, RolloutPlan
 from flowbench.seeding import generator_for
 from flowbench.stored import HOST, Shelf
 from flowbench.training.budget import Budget
+from flowbench.training.processes import joined, own_groups
 
 
 class Collector:
@@ -42,14 +43,19 @@ class Collector:
         """
         seed, device = self.config.seed, self.policy.device
         group, prompts = self._draw_prompts(iteration)
+        processes = self.policy.processes
+        groups, mine = own_groups(processes, self.config.training)
         self.policy.generator = generator_for(seed, "rollout", iteration)
-        with budget.timed("rollout", device):
+        with budget.timed("rollout", device), processes.drawing(groups, self.config.training.prompts_per_iteration):
             cond = self.policy.encode(prompts)
-            samples = self._sampled(cond, group, iteration)
+            samples = self._sampled(cond.select(torch.arange(len(group))[mine]), group[mine], iteration)
         with budget.timed("decode", device), torch.no_grad():
             images = self._decoded(samples.x0)
         with budget.timed("reward", device):
-            scores = self._scores(images, prompts, iteration, budget)
+            scores = self._scores(images, prompts[mine], budget)
+        samples, images, scores = joined(processes, samples, images, scores)
+        for name, part in self.reward.parts().items():
+            check_signal(part.info, scores[name], iteration + 1)
         self.reward.observe(scores)
         return Rollout(
             iteration=iteration,
@@ -110,7 +116,8 @@ class Collector:
         """The first noise (B, C, h, w) of images with these groups (B,), on the host."""
         if not plan.shared_noise:
             return self.policy.draw_noise(len(group), HOST)
-        return self.policy.draw_noise(int(group.max()) + 1, HOST)[group]
+        first = int(group.min())  # of this process
+        return self.policy.draw_noise(int(group.max()) - first + 1, HOST)[group - first]
 
     def _draw_prompts(self, iteration: int) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
         """The group (B,) of each image of an iteration, and its prompt; all prompts before one comes twice."""
@@ -122,15 +129,12 @@ class Collector:
         return group, tuple(self.prompts[chosen[g]] for g in group)
 
     @torch.no_grad()
-    def _scores(
-        self, images: torch.Tensor, prompts: tuple[str, ...], iteration: int, budget: Budget
-    ) -> dict[str, torch.Tensor]:
-        """Raw scores (B,) of all images by each part of the reward."""
+    def _scores(self, images: torch.Tensor, prompts: tuple[str, ...], budget: Budget) -> dict[str, torch.Tensor]:
+        """Raw scores (B,) of images by each part of the reward."""
         scores = {}
         for name, part in self.reward.parts().items():
             work = partial(_score, part, images, prompts)
             scores[name] = torch.cat([*self.scoring.map(work, len(prompts))])
-            check_signal(part.info, scores[name], iteration + 1)
             budget.reward_calls += len(prompts)
         return scores
 

@@ -14,6 +14,7 @@ from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Compared
 from flowbench.stored import HOST, StoredRows
+from flowbench.training.processes import gathered_scalars
 
 UPDATE = "the update"  # in messages about memory
 
@@ -80,19 +81,26 @@ def drawn(algorithm: Algorithm, policy: Policy, batch: Batch, shared: bool | Non
 
 @torch.no_grad()
 def compared(
-    algorithm: Algorithm, policy: Policy, batch: Batch, cut: Cut, portion: Portion | None = None
+    algorithm: Algorithm,
+    policy: Policy,
+    batch: Batch,
+    cut: Cut,
+    portion: Portion | None = None,
+    own: torch.Tensor | None = None,
 ) -> tuple[Batch, Compared]:
     """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log.
 
-    portion: in place of the cut's size, where one is remembered.
+    portion: in place of the cut's size, where one is remembered; own: the rows that this process measures, the others'
+    being those of other processes; default: all.
     """
-    measured: list[Mapping[str, torch.Tensor]] = [{}]
+    scalars: Mapping[str, torch.Tensor] = {}
     if type(algorithm).measure is not Algorithm.measure:  # else no rows need be fetched
-        rows = torch.arange(len(batch))
+        rows = torch.arange(len(batch)) if own is None else own
         portion = portion or Portion(UPDATE, cut.size, "rows")
         measure = partial(_measured, algorithm, policy, batch, rows)
-        measured = [*portion.map(measure, len(batch), cut.groups(batch, rows))]
-    result = algorithm.compare({name: torch.cat([part[name] for part in measured]) for name in measured[0]})
+        measured = [*portion.map(measure, len(rows), cut.groups(batch, rows))]
+        scalars = gathered_scalars(policy.processes, measured)
+    result = algorithm.compare(scalars)
     return replace(batch, scalars={**batch.scalars, **result.scalars}), result
 
 

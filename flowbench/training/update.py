@@ -14,6 +14,7 @@ from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.average import WeightAverage
+from flowbench.training.processes import joined_means, own_rows
 from flowbench.training.rows import UPDATE, Cut, compared, drawn, shuffled
 
 
@@ -95,25 +96,32 @@ class Updater:
         """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
+        Of several processes each differentiates rows of its own, and all have the sum; no gradient may be there before.
         """
+        own = self._own(batch)
         portion = self.portion if microbatch == self.config.training.microbatch else Portion(UPDATE, microbatch, "rows")
         cut = Cut(portion.size or len(batch), self.algorithm.whole_groups)
         with self.policy.anchored():
-            batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion)
-            metrics, updates_policy = self._accumulate(batch, portion, self.algorithm.loss)
+            batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion, own)
+            metrics, updates_policy = self._accumulate(batch, own, portion, self.algorithm.loss)
+        parameters = [*self.parameters, *self.auxiliary_parameters]
+        told = self.policy.processes.add_gradients(parameters, (metrics.parts, updates_policy))
+        metrics.parts = joined_means([parts for parts, _ in told])
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
-        return metrics.means(), updates_policy
+        return metrics.means(), any(updates for _, updates in told)
 
     def _accumulate(
-        self, batch: Batch, portion: Portion, loss_of: Callable[[Policy, Batch], Loss | None]
+        self, batch: Batch, rows: torch.Tensor, portion: Portion, loss_of: Callable[[Policy, Batch], Loss | None]
     ) -> tuple[Metrics, bool]:
-        """Add the gradient of the mean loss, in microbatches; what they log, and whether one has a loss of the policy.
+        """Add these rows' part of the gradient of a minibatch's mean loss, in microbatches.
+
+        Returns what they log, and whether one has a loss of the policy.
 
         When memory runs out, what was added is taken back and all of it is done again in smaller microbatches: a
         backward pass that fails half-way has already added to some gradients.
         """
-        whole, rows = self.algorithm.whole_groups, torch.arange(len(batch))
+        whole = self.algorithm.whole_groups
         parameters = [*self.parameters, *self.auxiliary_parameters]
         before = [None if p.grad is None else p.grad.clone() for p in parameters]
 
@@ -133,7 +141,7 @@ class Updater:
             return metrics, updates_policy
 
         longest = max(Cut(1, whole).groups(batch, rows) or (1,))
-        return portion.whole(work, len(batch), longest, undo)
+        return portion.whole(work, len(rows), longest, undo)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
@@ -155,6 +163,10 @@ class Updater:
         """The rows with the noise and sigmas that a step hands them."""
         return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
+    def _own(self, batch: Batch) -> torch.Tensor:
+        """The rows of a minibatch that are this process's."""
+        return own_rows(self.policy.processes, batch, self.algorithm.whole_groups)
+
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._clip(self.auxiliary_parameters)
         optimizer.step()
@@ -170,8 +182,9 @@ class Updater:
             learns |= loss is not None
             return None if loss is None else Loss(None, loss)
 
-        self._accumulate(self.drawn(batch), self.portion, loss_of)
-        if learns:
+        batch = self.drawn(batch)
+        self._accumulate(batch, self._own(batch), self.portion, loss_of)
+        if any(self.policy.processes.add_gradients(self.auxiliary_parameters, learns)):
             self._auxiliary_step(optimizer)
 
     def _total(self, loss: Loss) -> torch.Tensor:
