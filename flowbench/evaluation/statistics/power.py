@@ -23,9 +23,10 @@ def smallest_difference(
     """The smallest true difference that a two-sided t test finds with probability `power`, in the scores' units.
 
     components: of the paired difference of two methods, or of one method's gain, as `components` finds them. The
-    power is that of the noncentral t distribution. methods: in a table of how many the pair must differ, corrected for all
-    its pairs and with the moderated t of `compare`; 2 is one pair alone. Infinite for a single seed and, over prompts like these, a single prompt.
-    Raises ValueError for seeds or prompts below 1, and a level or power outside (0, 1).
+    power is that of the noncentral t distribution. methods: in a table of how many the pair must differ, corrected for
+    all its pairs and with the moderated t of `compare`; 2 is one pair alone. Infinite for a single seed and, over
+    prompts like these, a single prompt.
+    Raises ValueError for seeds or prompts below 1, fewer than two methods, and a level or power outside (0, 1).
     """
     if min(seeds, prompts, methods - 1) < 1 or not (0 < level < 1 and 0 < power < 1):
         raise ValueError("seeds and prompts are at least 1, methods 2, level and power lie between 0 and 1")

@@ -38,6 +38,8 @@ from flowbench.evaluation.statistics.means import mean_gain
 # complete pooling fails when a few methods alone vary between seeds.
 PRIOR_DF = 6
 
+_NO_SEED = np.full((1, 1), np.nan)  # of a pair without a common seed nothing is known
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -64,8 +66,8 @@ class Standing:
 class Ranking:
     """A table of methods, largest mean gain first, and all its pairs, in the order of the methods.
 
-    At most 1 - level of tables make any false claim: exclude a method from the first place that no other surpasses, or
-    call a pair different that is equal. unfinished: methods without a finished run, which have no standing.
+    At most 1 - level of tables exclude a method from the first place that no other surpasses, and at most as many call
+    any pair different that is equal. unfinished: methods without a finished run, which have no standing.
     """
 
     standings: tuple[Standing, ...]
@@ -91,33 +93,47 @@ def compare(gains: Gains, over: Over = LIKE, level: float = 0.95) -> Ranking:
         raise UsageError("no algorithm has a finished run; there is nothing to compare")
     means = {a: mean_gain(gains, a, over, level) for a in finished}
     names = sorted(finished, key=lambda a: -means[a].value)
-    places = list(combinations(range(len(names)), 2))
-    pairs = _pairs(gains, [(names[i], names[j]) for i, j in places], len(names), over, level)
-    losses = np.ones((len(names), len(names)))
-    for (i, j), pair in zip(places, pairs, strict=True):
-        losses[(j, i) if pair.difference.value > 0 else (i, j)] = pair.p
-    first, best, worst = ranks(losses, level)
-    standings = tuple(
-        Standing(name, means[name], bool(first[i]), (int(best[i]), int(worst[i]))) for i, name in enumerate(names)
-    )
+    couples = list(combinations(names, 2))
+    both = [gains.paired(one, other) for one, other in couples]
+    ms = _stack([mean_squares(a - b if len(a) else _NO_SEED) for a, b in both], gains.values.shape[-1])
+    found = verdict(ms, len(names), over, level)
+    halves = half_width(moderated(ms, len(names)), over, level)
+    pairs = []
+    for k, (one, other) in enumerate(couples):
+        value, half, seeds = float(ms.mean[k]), float(halves[k]), both[k].shape[1]
+        low, high = (None, None) if np.isnan(half) else (value - half, value + half)
+        difference = Interval(value, low, high, over, seeds, ms.prompts, gains.failures(one, other))
+        pairs.append(Pair(one, other, difference, float(found.p[k]), float(found.p_holm[k])))
+    standings = [
+        Standing(name, means[name], bool(found.first[i]), (int(found.best[i]), int(found.worst[i])))
+        for i, name in enumerate(names)
+    ]
     unfinished = tuple(a for a in gains.algorithms if a not in finished)
-    return Ranking(standings, tuple(pairs), over, level, unfinished)
+    return Ranking(tuple(standings), tuple(pairs), over, level, unfinished)
 
 
-def ranks(losses: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who shares the first place, and the best and worst rank of each method, (A,) each.
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Of A methods: p and p_holm (m,) of their pairs; first (A,) bool, best and worst rank (A,)."""
 
-    losses (A, A): entry (i, j) is the two-sided p of the pair where i has the smaller mean, else 1.
-    """
-    methods = len(losses)
-    upper = np.triu_indices(methods, 1)
-    adjusted = holm(np.minimum(losses, losses.T)[upper])
-    corrected = np.ones_like(losses)
-    corrected[upper], corrected.T[upper] = adjusted, adjusted
-    worse = (corrected <= 1 - level) & (losses < 1)
-    # Holm's pairs never part the methods that are left; one that has left may still beat one of them.
-    first = contenders(losses, level) & ~worse.any(1)
-    return first, np.maximum(1 + worse.sum(1), np.where(first, 1, 2)), methods - worse.sum(0)
+    p: np.ndarray
+    p_holm: np.ndarray
+    first: np.ndarray
+    best: np.ndarray
+    worst: np.ndarray
+
+
+def verdict(ms: MeanSquares, methods: int, over: Over = LIKE, level: float = 0.95) -> Verdict:
+    """What the m pairs of a table say; ms (m,) is of one method minus the other, in the order of np.triu_indices."""
+    p = p_values(moderated(ms, methods), over)
+    corrected = holm(p)
+    one, other = np.triu_indices(methods, 1)
+    loser, winner = np.where(ms.mean > 0, other, one), np.where(ms.mean > 0, one, other)
+    worse = np.zeros((methods, methods), dtype=bool)
+    worse[loser, winner] = corrected <= 1 - level
+    first = contenders(ms, methods, over, level) & ~worse.any(1)  # so that no pair contradicts the first place
+    best = np.maximum(1 + worse.sum(1), np.where(first, 1, 2))
+    return Verdict(p, corrected, first, best, methods - worse.sum(0))
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -129,20 +145,25 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def contenders(losses: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Who is left by comparisons with the best, (A,) bool; losses as in `ranks`."""
-    alive = np.ones(len(losses), dtype=bool)
+def contenders(ms: MeanSquares, methods: int, over: Over = LIKE, level: float = 0.95) -> np.ndarray:
+    """Who is left by comparisons with the best, (A,) bool; ms as in `verdict`.
+
+    At each step the seeds' variance is pooled over the methods that are still in: those that have left may vary less.
+    """
+    one, other = np.triu_indices(methods, 1)
+    alive = np.ones(methods, dtype=bool)
     while (left := int(alive.sum())) > 1:
-        among = np.where(np.outer(alive, alive), losses, 1.0)
-        loser = np.unravel_index(np.argmin(among), losses.shape)[0]
-        if among.min() * left * (left - 1) / 2 > 1 - level:
+        pairs = np.flatnonzero(alive[one] & alive[other])
+        p = p_values(moderated(_take(ms, pairs), left), over)
+        if p.min() * len(pairs) > 1 - level:
             break
-        alive[loser] = False
+        pair = pairs[p.argmin()]
+        alive[other[pair] if ms.mean[pair] > 0 else one[pair]] = False
     return alive
 
 
 def prior_df(methods: int, own_df: np.ndarray) -> np.ndarray:
-    """The weight of the table's mean square beside own_df of a pair's own; the other pairs of a small table know less."""
+    """The weight of the table's mean square beside own_df of a pair's own; a small table has little to say."""
     return np.minimum(PRIOR_DF, max(methods - 2, 0) * own_df)
 
 
@@ -167,31 +188,14 @@ def moderated(ms: MeanSquares, methods: int) -> MeanSquares:
     return replace(ms, by_seed=np.where(usable & (prior > 0), pooled, ms.by_seed), seeds_df=df)
 
 
-def _pairs(gains: Gains, names: Sequence[tuple[str, str]], methods: int, over: Over, level: float) -> list[Pair]:
-    """All pairs of a table of so many methods."""
-    if not names:
-        return []
-    both = [gains.paired(one, other) for one, other in names]
-    usable = [k for k, values in enumerate(both) if values.shape[1]]
-    each = [mean_squares(both[k][0] - both[k][1]) for k in usable]
-    ms = moderated(_stack(each), methods) if each else None
-    halves = dict(zip(usable, half_width(ms, over, level), strict=True)) if ms else {}
-    p = np.ones(len(names))
-    if ms:
-        p[usable] = p_values(ms, over)
-    corrected = holm(p)
-    pairs = []
-    for k, (one, other) in enumerate(names):
-        value = float((both[k][0] - both[k][1]).mean()) if k in halves else float("nan")
-        half = float(halves.get(k, np.nan))
-        ends = (None, None) if np.isnan(half) else (value - half, value + half)
-        seeds, prompts = both[k].shape[1:]
-        found = Interval(value, ends[0], ends[1], over, seeds, prompts, gains.failures(one, other))
-        pairs.append(Pair(one, other, found, float(p[k]), float(corrected[k])))
-    return pairs
+_ARRAYS = ("mean", "by_seed", "by_prompt", "residual", "seeds", "seeds_df")
 
 
-def _stack(each: Sequence[MeanSquares]) -> MeanSquares:
+def _stack(each: Sequence[MeanSquares], prompts: int) -> MeanSquares:
     """Mean squares of single arrays, side by side."""
-    names = ("mean", "by_seed", "by_prompt", "residual", "seeds", "seeds_df")
-    return MeanSquares(**{n: np.stack([getattr(ms, n) for ms in each]) for n in names}, prompts=each[0].prompts)
+    return MeanSquares(**{n: np.array([getattr(ms, n) for ms in each], np.float64) for n in _ARRAYS}, prompts=prompts)
+
+
+def _take(ms: MeanSquares, pairs: np.ndarray) -> MeanSquares:
+    """The mean squares of some pairs."""
+    return MeanSquares(**{n: getattr(ms, n)[pairs] for n in _ARRAYS}, prompts=ms.prompts)
