@@ -357,6 +357,7 @@ def run_of(*values: float, kept: tuple[float, ...] = (1.0,) * 5, finished: bool 
         (run_of(0.1, 0.9, 0.9, 0.9, 0.9, kept=(1.0, 0.8, 0.8, 0.8, 0.8)), math.inf),
         (run_of(0.9, 0.9, 0.9, 0.9, 0.9, kept=(1.0, 0.8, 0.8, 1.0, 1.0)), 350.0),  # until diversity is back
         (run_of(0.1, 0.1, 0.1, 0.1, math.nan), math.inf),
+        (run_of(0.1, math.nan, 0.9, 0.9, 0.9), 300.0),
     ],
 )
 def test_the_cost_to_a_target_is_interpolated_between_points(run: Trajectory, cost: float):

@@ -119,4 +119,6 @@ def performance_profile(costs: Mapping[str, Sequence[float]], factors: Sequence[
 
 def _crossing(before: float, here: float, line: float) -> float:
     """Where on the way from before to here, which is on or above the line, it is crossed: in [0, 1]."""
+    if math.isnan(before):  # nothing is known of the way there
+        return 1.0
     return 0.0 if before >= line else (line - before) / (here - before)
