@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowbench.models.presets import ModelPreset
 
 NamedTensors: TypeAlias = Mapping[str, torch.Tensor]
+Parts: TypeAlias = Literal["all", "text", "rest"]  # of a pipeline: text encoders, or all that is not one
 
 
 class Family(ABC):
@@ -44,8 +45,10 @@ class Family(ABC):
     # --- loading and saving ---------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, preset: ModelPreset, device: torch.device) -> Any:
-        """The preset's pipeline; parts of it that the preset leaves out are None.
+    def load(cls, preset: ModelPreset, device: torch.device, parts: Parts = "all") -> Any:
+        """The preset's pipeline, or the named parts of it; those that it or the preset leaves out are None.
+
+        Both "text" and "rest" have the tokenizers and the scheduler.
 
         Raises UsageError for a folder of another family, RunError when its weights cannot be found or read.
         """
@@ -57,7 +60,8 @@ class Family(ABC):
         source = preset.resolve_source()
         kind = getattr(diffusers, cls._pipeline_class(preset, source))
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
-        absent = dict.fromkeys(cls.left_out(preset))
+        unwanted = {"all": (), "text": ("transformer", "vae"), "rest": cls.text_encoders}[parts]
+        absent = dict.fromkeys((*cls.left_out(preset), *unwanted))
         try:
             pipeline = kind.from_pretrained(
                 source, revision=preset.revision, dtype=dtype, use_safetensors=True, **absent
@@ -67,7 +71,8 @@ class Family(ABC):
             raise RunError(
                 f"model '{preset.name}' cannot be loaded from '{source}': {reason}; {preset.remedy}"
             ) from error
-        pipeline.vae.to(memory_format=torch.channels_last)  # decodes in three quarters of the time on a CPU
+        if pipeline.vae is not None:
+            pipeline.vae.to(memory_format=torch.channels_last)  # decodes in three quarters of the time on a CPU
         return pipeline
 
     @classmethod
@@ -118,12 +123,12 @@ class Family(ABC):
         """What classifier-free guidance leads away from; None is the empty prompt, encoded as any other."""
         return None
 
-    def release_text_encoders(self) -> None:
-        """Move the text encoders to the CPU."""
+    def place_text_encoders(self, device: torch.device) -> None:
+        """Move the text encoders to a device."""
         for name in self.text_encoders:
             encoder = getattr(self.pipeline, name, None)
             if encoder is not None:
-                encoder.to("cpu")
+                encoder.to(device)
 
     @property
     @abstractmethod
