@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+    resources: ClassVar[frozenset[str]] = frozenset()  # only divide or place the work: no part of a hash
 
 
 class TrainingConfig(_Section):
@@ -33,9 +34,10 @@ class TrainingConfig(_Section):
     added_later: ClassVar = frozenset(
         (
             *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
-            *("sde_window_stay", "shared_noise"),
+            *("sde_window_stay", "shared_noise", "encode_first", "offload", "reward_precision"),
         )
     )
+    resources: ClassVar = frozenset(("encode_first", "offload"))
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
     prompts_per_iteration: int = Field(16, ge=1)
@@ -79,6 +81,17 @@ class TrainingConfig(_Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="largest decay of the average of the tuned weights that is evaluated; 0 is none"
     )
+    reward_precision: Literal["auto", "float32"] = Field(
+        "auto",
+        description="auto: half precision on a GPU, for a reward that allows it and whose gradient is not trained on",
+    )
+    offload: bool | None = Field(
+        None, description="whether the reward leaves the device while it does not score; None is: with a memory limit"
+    )
+    encode_first: bool | None = Field(
+        None,
+        description="whether text encoders encode all prompts and go, before the rest is loaded; None is: on a GPU",
+    )
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
 
     @property
@@ -105,7 +118,10 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
 
-    added_later: ClassVar = frozenset(("guidance_scale", "judges", "unguided"))
+    added_later: ClassVar = frozenset(
+        ("base_cache", "decode_batch", "guidance_scale", "judge_precision", "judges", "unguided")
+    )
+    resources: ClassVar = frozenset(("base_cache", "batch", "decode_batch"))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
@@ -113,10 +129,17 @@ class EvaluationConfig(_Section):
     num_steps: int | None = Field(None, ge=1, description="sampler steps; None is the model's own number")
     guidance_scale: float | None = Field(None, ge=1, description="None is the model's own, 1 is none")
     unguided: bool = Field(True, description="where that is above 1: also score without guidance, as METRIC@1")
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1, description="images sampled, and scored, at a time")
+    decode_batch: int | None = Field(
+        None, ge=1, description="images decoded at a time; None is as many as have two megapixels together"
+    )
     judges: tuple[str, ...] | None = Field(
         None, description="rewards that score without being trained on; None is all of the model's, and the oracle"
     )
+    judge_precision: Literal["auto", "float32"] = Field(
+        "auto", description="auto: half precision on a GPU, for a judge that allows it"
+    )
+    base_cache: bool = Field(True, description="whether the base model's scores are kept on disk and used again")
     seed: int = 20_251
 
 
@@ -161,8 +184,10 @@ class RunConfig(_Section):
 
 
 def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:
-    """A section's settings as they enter a hash."""
-    return _without_unused(section.model_dump(mode="json"), type(section))
+    """A section's settings as they enter a hash; those that only divide or place the work as if nobody had set them."""
+    kind = type(section)
+    defaults = {name: kind.model_fields[name].default for name in kind.resources}
+    return _without_unused({**section.model_dump(mode="json"), **defaults}, kind)
 
 
 def _without_unused(

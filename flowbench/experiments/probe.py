@@ -168,7 +168,7 @@ def probe(
 def _probe_one(config: RunConfig, plan: ProbePlan, weights: dict[str, Any] | None, listener: ProbeListener) -> Probed:
     preset, device = load_preset(config.model), pick_device(config.device)
     prompts = load_split(config.prompt_set(preset), "train")
-    policy = build_policy(config, preset, device)
+    policy = build_policy(config, preset, device, [prompts.prompts, [""]])
     if weights is not None:
         policy.load_state_dict(weights)
     policy.encode(prompts.prompts)

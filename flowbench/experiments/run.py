@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from flowbench.evaluation.protocol import (
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.models.devices import pick_device
+from flowbench.models.encoding import encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
 from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
@@ -70,13 +71,22 @@ def run_folder(output: Path, config: RunConfig) -> Path:
     return output / model / path_name(config.reward) / config.algorithm / f"{config.hash()}-s{config.seed}"
 
 
-def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -> Policy:
-    """The preset's model, ready to be tuned as the configuration says."""
+def build_policy(
+    config: RunConfig, preset: ModelPreset, device: torch.device, texts: Sequence[Sequence[str]] = ()
+) -> Policy:
+    """The preset's model, ready to be tuned as the configuration says.
+
+    texts: groups of all prompts that it will be asked for, to be encoded before the rest of it is loaded where
+    `encodes_ahead` says so; without them the text encoders are loaded with the rest.
+    """
     training = config.training
+    ahead = None
+    if texts and encodes_ahead(preset, device, training.encode_first):
+        ahead = encode_ahead(preset, device, texts)
     # LoRA's initial weights are random; they belong to the run's seed.
     torch.manual_seed(config.seed)
-    return Policy(
-        load_pipeline(preset, device),
+    policy = Policy(
+        load_pipeline(preset, device) if ahead is None else load_pipeline(preset, device, "rest"),
         preset,
         Tuning(training.tuning, training.lora_rank, training.lora_alpha),
         device,
@@ -88,6 +98,9 @@ def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -
         num_steps=training.num_steps,
         guidance_scale=training.guidance_scale,
     )
+    if ahead is not None:
+        policy.texts.take(ahead)
+    return policy
 
 
 def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
@@ -129,7 +142,8 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     prepare_folder(folder, config, resume)
     keep_inputs(folder, preset, train_prompts, splits)
     reward = build_reward(config.reward, preset, device, config.training.reward_scale == "standardized")
-    policy = build_policy(config, preset, device)
+    evaluated = [p for split in splits for p in spread(split, config.evaluation.prompts)]
+    policy = build_policy(config, preset, device, [evaluated, [""], train_prompts.prompts])
     # Now, so that a missing or forbidden judge costs no training; a GPU's memory is then for training alone.
     early = build_judges(config, reward, preset, torch.device("cpu"), splits)
     judges = early if device.type == "cpu" else None
@@ -144,7 +158,7 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         trainer.resume()
     listener.on_start(trainer.iteration, trainer.iterations)
     if device.type != "cpu":  # now, because training moves the text encoders off the device
-        policy.encode([p for split in splits for p in spread(split, config.evaluation.prompts)])
+        policy.encode(evaluated)
     budget = trainer.run()
     trainer.updater.use_average()
     save_tuned(policy, folder / "checkpoints" / "tuned", config)
@@ -286,14 +300,16 @@ def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig) -> None:
     learning_curves(folder / "curves.png", read_metrics(folder / METRICS), title)
 
 
-def load_tuned(folder: Path, device: torch.device) -> tuple[Policy, RunConfig]:
-    """The policy of a finished run, with the base model as its "reference".
+def load_tuned(
+    folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()
+) -> tuple[Policy, RunConfig]:
+    """The policy of a finished run, with the base model as its "reference"; `texts` as in `build_policy`.
 
     Raises UsageError for a folder that holds no run, RunError when its weights are missing.
     """
     config, preset = run_config(folder)
     weights = tuned_weights(folder)
-    policy = build_policy(config, preset, device)
+    policy = build_policy(config, preset, device, texts)
     policy.load_state_dict(weights)
     return policy, config
 

@@ -5,7 +5,6 @@ What they are encoded to is kept on disk, so that a later run loads no text enco
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from flowbench.caches import Cache, file_identity
 from flowbench.models.devices import device_identity
 from flowbench.models.families import family_class, load_pipeline
 from flowbench.models.families.base import Family, NamedTensors
+from flowbench.models.memory import is_out_of_memory, release_memory
 from flowbench.models.presets import ModelPreset
 
 ENCODED_AT_A_TIME = 32
@@ -55,24 +55,27 @@ def encode_ahead(
 ) -> EncodedTexts:
     """Encodings of groups of texts, and of the negative prompt: from the cache, or by text encoders that then go.
 
-    The bits of an encoding can depend on the texts beside it, so each group is encoded, and kept, as a whole; a text
-    of several groups has its encoding of the first. device: of the model, which decides the precision; on: where the
+    The bits of an encoding can depend on the texts beside it, so each group is encoded, and kept, as a whole, without
+    the texts of groups before it; these are the encodings of a `TextCache` that is asked for one group after another.
+    device: of the model, which decides the precision; on: where the
     encoders run, by default there. Encoders that do not fit on it together take turns.
     Raises UsageError and RunError as `load_pipeline` does.
     """
     on = on or device
     kind = family_class(preset.family)
-    jobs = [_Job(tuple(dict.fromkeys(group))) for group in groups if group]
+    jobs = [_Job(group) for group in _new(groups)]
     if kind.encode_negative is not Family.encode_negative:
         jobs.append(_Job(("",), negative=True))
     cache = Cache("texts")
-    source = _source_identity(preset)
+    random = getattr(preset, "random_init", False)  # such weights are in no file
+    source = None if random else _source_identity(preset)
     found = {job: _read(cache, job.identity(preset, source, on)) for job in jobs} if source else {}
     missing = [job for job in jobs if found.get(job) is None]
     if missing:
         made = _encode(preset, device, on, missing)
-        _free(on)
-        source = _source_identity(preset)  # what was not on this machine was fetched by loading it
+        release_memory()
+        if not random:
+            source = _source_identity(preset)  # what was not on this machine was fetched by loading it
         for job, encoded in made.items():
             found[job] = encoded
             if source:
@@ -84,8 +87,17 @@ def encode_ahead(
         if job.negative:
             (negative,) = encoded
         else:
-            texts = {**dict(zip(job.texts, encoded, strict=True)), **texts}
+            texts |= zip(job.texts, encoded, strict=True)
     return EncodedTexts(texts, negative)
+
+
+def _new(groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    """The texts of each group that are in none before it, each once, without empty groups."""
+    seen: set[str] = set()
+    for group in groups:
+        if new := tuple(text for text in dict.fromkeys(group) if text not in seen):
+            yield new
+        seen.update(new)
 
 
 @dataclass(frozen=True)
@@ -129,18 +141,14 @@ def _encode(
     try:
         family.place_text_encoders(on)
         return {job: job.run(family, on) for job in jobs}
-    except torch.OutOfMemoryError:
-        logger.warning("the text encoders do not fit on %s together; they take turns", on)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    logger.warning("out of memory: the text encoders do not fit on %s together; they take turns", on)
     family.place_text_encoders(torch.device("cpu"))
-    _free(on)
+    release_memory()
     family.pipeline.enable_model_cpu_offload(device=on)
     return {job: job.run(family, on) for job in jobs}
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _source_identity(preset: ModelPreset) -> str | None:
@@ -178,5 +186,3 @@ def _read(cache: Cache, identity: str) -> list[NamedTensors] | None:
         nested.setdefault(int(number), {})[name] = value
     return [nested[k] for k in range(len(nested))]
 
-
-__all__ = ["ENCODED_AT_A_TIME", "EncodedTexts", "encode_ahead", "encodes_ahead"]
