@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    resources: ClassVar[frozenset[str]] = frozenset()  # only divide or place the work: no part of a hash
+    divides: ClassVar[frozenset[str]] = frozenset()  # settings that only divide or place the work: no part of a hash
 
 
 class TrainingConfig(_Section):
@@ -37,7 +37,7 @@ class TrainingConfig(_Section):
             *("sde_window_stay", "shared_noise", "encode_first", "offload", "reward_precision"),
         )
     )
-    resources: ClassVar = frozenset(("encode_first", "offload"))
+    divides: ClassVar = frozenset(("encode_first", "offload"))
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
     prompts_per_iteration: int = Field(16, ge=1)
@@ -121,7 +121,7 @@ class EvaluationConfig(_Section):
     added_later: ClassVar = frozenset(
         ("base_cache", "decode_batch", "guidance_scale", "judge_precision", "judges", "unguided")
     )
-    resources: ClassVar = frozenset(("base_cache", "batch", "decode_batch"))
+    divides: ClassVar = frozenset(("base_cache", "batch", "decode_batch"))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
@@ -186,7 +186,7 @@ class RunConfig(_Section):
 def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:
     """A section's settings as they enter a hash; those that only divide or place the work as if nobody had set them."""
     kind = type(section)
-    defaults = {name: kind.model_fields[name].default for name in kind.resources}
+    defaults = {name: kind.model_fields[name].default for name in kind.divides}
     return _without_unused({**section.model_dump(mode="json"), **defaults}, kind)
 
 
