@@ -18,7 +18,8 @@ from small import SMALL
 
 from flowbench.cli import main as cli
 from flowbench.config import RunConfig, resolve_config
-from flowbench.experiments.run import build_algorithm, build_policy, build_reward
+from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset

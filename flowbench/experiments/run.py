@@ -18,28 +18,20 @@ import torch
 import yaml
 
 from flowbench.algorithm import Algorithm
-from flowbench.config import EvaluationConfig, RunConfig, load_run_config
+from flowbench.config import RunConfig, load_run_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
-from flowbench.evaluation.judges import build_judges, build_reward
-from flowbench.evaluation.protocol import (
-    Judges,
-    SplitScores,
-    by_category,
-    count_images,
-    guidance_scales,
-    protocol_hash,
-    score_split,
-)
-from flowbench.evaluation.statistics import mean_ci95
+from flowbench.evaluation.judges import build_judges, training_reward
+from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
+from flowbench.evaluation.protocol import Judges, guidance_scales, protocol_hash
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.models.devices import pick_device
-from flowbench.models.encoding import encode_ahead, encodes_ahead
+from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
 from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
-from flowbench.prompts import PromptSplit, load_split, spread
+from flowbench.prompts import PromptSplit, load_split
 from flowbench.record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
@@ -80,9 +72,7 @@ def build_policy(
     `encodes_ahead` says so; without them the text encoders are loaded with the rest.
     """
     training = config.training
-    ahead = None
-    if texts and encodes_ahead(preset, device, training.encode_first):
-        ahead = encode_ahead(preset, device, texts)
+    ahead = _encoded(preset, device, texts, training.encode_first)
     # LoRA's initial weights are random; they belong to the run's seed.
     torch.manual_seed(config.seed)
     policy = Policy(
@@ -101,6 +91,21 @@ def build_policy(
     if ahead is not None:
         policy.texts.take(ahead)
     return policy
+
+
+def base_policy(preset: ModelPreset, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> Policy:
+    """The preset's model as it is; `texts` as in `build_policy`."""
+    ahead = _encoded(preset, device, texts)
+    policy = Policy(load_pipeline(preset, device, "all" if ahead is None else "rest"), preset, device=device)
+    if ahead is not None:
+        policy.texts.take(ahead)
+    return policy
+
+
+def _encoded(
+    preset: ModelPreset, device: torch.device, texts: Sequence[Sequence[str]], asked: bool | None = None
+) -> EncodedTexts | None:
+    return encode_ahead(preset, device, texts) if texts and encodes_ahead(preset, device, asked) else None
 
 
 def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
@@ -141,18 +146,17 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     train_prompts = load_split(config.prompt_set(preset), "train")
     prepare_folder(folder, config, resume)
     keep_inputs(folder, preset, train_prompts, splits)
-    reward = build_reward(config.reward, preset, device, config.training.reward_scale == "standardized")
-    evaluated = [p for split in splits for p in spread(split, config.evaluation.prompts)]
-    policy = build_policy(config, preset, device, [evaluated, [""], train_prompts.prompts])
-    # Now, so that a missing or forbidden judge costs no training; a GPU's memory is then for training alone.
-    early = build_judges(config, reward, preset, torch.device("cpu"), splits)
-    judges = early if device.type == "cpu" else None
+    reward = training_reward(config, preset, device, config.training.reward_scale == "standardized")
+    evaluated, *others = evaluated_texts(splits, config.evaluation)
+    policy = build_policy(config, preset, device, [evaluated, *others, train_prompts.prompts])
+    # Now, so that a missing or forbidden judge costs no training.
+    judges = build_judges(config, reward, preset, device, splits)
     algorithm = build_algorithm(config, reward)
     trainer = Trainer(config, policy, algorithm, reward, train_prompts.prompts, folder, listener.on_iteration)
     study = exact_study(policy, reward, config, trainer.iterations)
     if study:
         trainer.probe = study.probe
-    if early.oracle and config.reward != "oracle":
+    if judges.oracle and config.reward != "oracle":
         trainer.observe = _truth_of_training
     if resume:
         trainer.resume()
@@ -163,7 +167,6 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
     trainer.updater.use_average()
     save_tuned(policy, folder / "checkpoints" / "tuned", config)
     evaluation_begun = time.perf_counter()
-    judges = judges or build_judges(config, reward, preset, device, splits)
     pairs = evaluate_pairs(policy, splits, judges, config.evaluation, listener.on_evaluation)
     scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
     spent = Spent(
@@ -200,53 +203,6 @@ def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
     scale = guidance_scales(policy, config.evaluation)[""]
     arguments = policy.family.call_arguments(config.evaluation.num_steps or policy.preset.num_steps, scale)
     write_atomically(folder / CALL, json.dumps(arguments, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Scores of the base and of the tuned model on one split."""
-
-    base: SplitScores
-    tuned: SplitScores
-
-
-def evaluate_pairs(
-    policy: Policy,
-    splits: list[PromptSplit],
-    judges: Judges,
-    protocol: EvaluationConfig,
-    progress: Callable[[int, int], None],
-) -> dict[str, Pair]:
-    """Score base and tuned model on each split, on the same prompts and noise."""
-    done, total = 0, 2 * count_images(policy, splits, protocol)
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(done, total)
-
-    return {
-        split.name: Pair(*(score_split(policy, w, split, judges, protocol, tick) for w in ("reference", "current")))
-        for split in splits
-    }
-
-
-def compare(pairs: dict[str, Pair]) -> dict[str, Score]:
-    """Scores per metric and split, and for the oracle's also per category, with paired intervals over prompts."""
-    scores = {}
-    for split, pair in pairs.items():
-        for metric in pair.base.scores:
-            scores[f"{metric}/{split}"] = _score(pair.base.scores[metric], pair.tuned.scores[metric])
-            if metric.startswith("oracle"):
-                for (category, base), (_, tuned) in zip(
-                    by_category(pair.base, metric), by_category(pair.tuned, metric), strict=True
-                ):
-                    scores[f"{metric}/{split}/{category}"] = _score(base, tuned)
-    return scores
-
-
-def _score(base: Any, tuned: Any) -> Score:
-    return Score(base=float(base.mean()), tuned=float(tuned.mean()), diff_ci95=mean_ci95(tuned - base))
 
 
 def make_record(
@@ -300,9 +256,7 @@ def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig) -> None:
     learning_curves(folder / "curves.png", read_metrics(folder / METRICS), title)
 
 
-def load_tuned(
-    folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()
-) -> tuple[Policy, RunConfig]:
+def load_tuned(folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> tuple[Policy, RunConfig]:
     """The policy of a finished run, with the base model as its "reference"; `texts` as in `build_policy`.
 
     Raises UsageError for a folder that holds no run, RunError when its weights are missing.

@@ -185,4 +185,3 @@ def _read(cache: Cache, identity: str) -> list[NamedTensors] | None:
         number, name = key.split(".", 1)
         nested.setdefault(int(number), {})[name] = value
     return [nested[k] for k in range(len(nested))]
-

@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Live:
 
 
 @pytest.fixture
-def live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Live]:
+def live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Live:
     """Sees every text encoder that is loaded, and how many there are when a transformer is made."""
     monkeypatch.setenv("FLOWBENCH_CACHE", str(tmp_path / "cache"))
     seen = Live()
@@ -63,7 +63,7 @@ def live(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Live]:
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(loading))
     monkeypatch.setattr(SD3Transformer2DModel, "__init__", building)
-    yield seen
+    return seen
 
 
 def bits(encoded: EncodedTexts) -> dict[str, torch.Tensor]:

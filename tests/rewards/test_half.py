@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ NAMES = ["clip", "hpsv2", "imagereward", "pickscore", "aesthetic"]
 
 @pytest.fixture(params=[*NAMES, *(f"mini-{name}" for name in NAMES)])
 def halvable(request: pytest.FixtureRequest, clip_folder) -> Reward:
-    """Each reward that states a tolerance in turn: the real architecture, small, with random and with trained weights."""
+    """Each reward that states a tolerance: the real architecture, small, with random and with trained weights."""
     if request.param.startswith("mini-"):
         return build_reward(request.param.removeprefix("mini-"), load_preset("mini-sd3"), CPU)
     if request.param == "clip":
@@ -111,7 +112,7 @@ def test_a_visitor_is_on_the_device_only_from_its_first_score_until_it_rests(vis
 def test_a_reward_that_cannot_be_moved_is_loaded_on_the_device_and_dropped(clip_folder):
     class Fixed(Reward):
         info = Clip.info
-        places: list[str] = []
+        places: ClassVar[list[str]] = []
 
         def load(self, device: torch.device) -> None:
             self.places.append(device.type)
