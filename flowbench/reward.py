@@ -25,6 +25,7 @@ class Reward:
     """
 
     info: RewardInfo
+    pure: ClassVar[bool] = False  # whether its scores depend on its code alone
     half_tolerance: ClassVar[float | None] = None  # most that scores change if `halve` is called; None is: it may not
 
     def load(self, device: torch.device) -> None:

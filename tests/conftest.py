@@ -29,6 +29,7 @@ from flowbench.reward import Reward
 from flowbench.training.trainer import IterationLog, Trainer
 
 CPU = torch.device("cpu")
+os.environ["FLOWBENCH_CACHE"] = "off"  # no test depends on what earlier ones kept, or leaves anything with the user
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than cores slow each other down
     torch.set_num_threads(1)

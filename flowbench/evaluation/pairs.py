@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowbench.config import EvaluationConfig
+from flowbench.evaluation.base_scores import BaseScores
 from flowbench.evaluation.protocol import (
     Judges,
     Portions,
@@ -24,10 +25,11 @@ from flowbench.record import Score
 
 @dataclass(frozen=True)
 class Pair:
-    """Scores of the base and of the tuned model on one split."""
+    """Scores of the base and of the tuned model on one split; cached: whether the base's were read from the disk."""
 
     base: SplitScores
     tuned: SplitScores
+    cached: bool = False
 
 
 def evaluate_pairs(
@@ -37,7 +39,10 @@ def evaluate_pairs(
     protocol: EvaluationConfig,
     progress: Callable[[int, int], None],
 ) -> dict[str, Pair]:
-    """Score base and tuned model on each split, on the same prompts and noise."""
+    """Score base and tuned model on each split, on the same prompts and noise.
+
+    The base's scores come from the disk where they are kept, see `BaseScores`.
+    """
     done, total = 0, 2 * count_images(policy, splits, protocol)
 
     def tick(n: int) -> None:
@@ -45,11 +50,20 @@ def evaluate_pairs(
         done += n
         progress(done, total)
 
-    portions, pairs = Portions(policy, protocol), {}
+    portions, kept = Portions(policy, protocol), BaseScores(policy, judges, protocol)
+    pairs: dict[str, Pair] = {}
     try:
         for split in splits:
-            scored = (score_split(policy, w, split, judges, protocol, tick, portions) for w in ("reference", "current"))
-            pairs[split.name] = Pair(*scored)
+            base = kept.read(split)
+            cached = base is not None
+            if base is None:
+                base = score_split(policy, "reference", split, judges, protocol, tick, portions)
+                if portions.undivided:
+                    kept.write(split, base)
+            else:
+                tick(count_images(policy, [split], protocol))
+            tuned = score_split(policy, "current", split, judges, protocol, tick, portions)
+            pairs[split.name] = Pair(base, tuned, cached)
     finally:
         judges.dismiss()
     return pairs

@@ -104,6 +104,15 @@ class Portions:
         self.rollout = Portion("sampling in the evaluation", config.batch)
         self.decode = Portion("decoding in the evaluation", decode_batch(policy, config))
         self.score = Portion("scoring in the evaluation", config.batch)
+        self._planned = self._sizes()
+
+    @property
+    def undivided(self) -> bool:
+        """Whether memory has never run out, so that the last bits are those of the configuration."""
+        return self._sizes() == self._planned
+
+    def _sizes(self) -> tuple[int | None, ...]:
+        return self.rollout.size, self.decode.size, self.score.size
 
 
 def score_split(

@@ -176,7 +176,7 @@ def _evaluate_weights(
             for scores in pair:  # two pipelines need not share the latents in which velocities could be compared
                 for metric in [m for m in scores.scores if plain_metric(m) == "w2"]:
                     del scores.scores[metric]
-            pairs[split.name] = Pair(*pair)
+            pairs[split.name] = Pair(pair[0], pair[1])
     return Evaluation(f"{path.name} against {preset.name}", compare(pairs), held_out=judges.held_out)
 
 

@@ -237,6 +237,7 @@ def make_record(
         prompt_hashes={s.name: s.sha256 for s in all_splits},
         reward_provenance=reward.provenance(),
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},
+        base_cached=tuple(split for split, pair in pairs.items() if pair.cached),
         command=command,
         commit=code_commit(),
         device=_device_name(device),

@@ -10,19 +10,20 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowbench.caches import Cache, file_identity
+from flowbench.caches import Cache
 from flowbench.models.devices import device_identity
 from flowbench.models.families import family_class, load_pipeline
 from flowbench.models.families.base import Family, NamedTensors
 from flowbench.models.memory import is_out_of_memory, release_memory
 from flowbench.models.presets import ModelPreset
+from flowbench.models.sources import source_identity
 
 ENCODED_AT_A_TIME = 32
+FILES = ("text_encoder", "tokenizer")  # beginnings of the names of folders that decide an encoding
 # Of a preset, what no encoding depends on; the source is known by its files.
 UNREAD = (
     *("name", "source", "licence", "resolution", "num_steps", "guidance_scale", "sigma_spacing"),
@@ -67,15 +68,13 @@ def encode_ahead(
     if kind.encode_negative is not Family.encode_negative:
         jobs.append(_Job(("",), negative=True))
     cache = Cache("texts")
-    random = getattr(preset, "random_init", False)  # such weights are in no file
-    source = None if random else _source_identity(preset)
+    source = source_identity(preset, FILES)
     found = {job: _read(cache, job.identity(preset, source, on)) for job in jobs} if source else {}
     missing = [job for job in jobs if found.get(job) is None]
     if missing:
         made = _encode(preset, device, on, missing)
         release_memory()
-        if not random:
-            source = _source_identity(preset)  # what was not on this machine was fetched by loading it
+        source = source_identity(preset, FILES)  # what was not on this machine was fetched by loading it
         for job, encoded in made.items():
             found[job] = encoded
             if source:
@@ -149,22 +148,6 @@ def _encode(
     release_memory()
     family.pipeline.enable_model_cpu_offload(device=on)
     return {job: job.run(family, on) for job in jobs}
-
-
-def _source_identity(preset: ModelPreset) -> str | None:
-    """What tells a pipeline's files of text encoding from others; None for one that is not on this machine."""
-    source = preset.resolve_source()
-    if Path(source).is_dir():
-        folder = Path(source)
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        index = try_to_load_from_cache(source, "model_index.json", revision=preset.revision)
-        if not isinstance(index, str):
-            return None
-        folder = Path(index).parent
-    parts = [place.name for place in folder.iterdir() if place.name.startswith(("text_encoder", "tokenizer"))]
-    return file_identity(folder, *sorted(parts)) if parts else None
 
 
 def _on_host(encoded: NamedTensors) -> dict[str, torch.Tensor]:

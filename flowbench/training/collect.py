@@ -30,6 +30,7 @@ class Collector:
 
         Raises RunError for a score that is not finite, or scores that say nothing.
         """
+        self._let_rewards_rest()  # an update may have asked them
         training, seed, device = self.config.training, self.config.seed, self.policy.device
         group, prompts = self._draw_prompts(iteration)
         needs, plan = self.algorithm.needs(), self.algorithm.plan()
@@ -53,6 +54,7 @@ class Collector:
             images = torch.cat([self.policy.decode(part) for part in samples.x0.split(training.decode_batch)])
         with budget.timed("reward", device):
             scores = self._scores(images, prompts, iteration, budget)
+        self._let_rewards_rest()
         self.reward.observe(scores)
         return Rollout(
             iteration=iteration,
@@ -69,6 +71,10 @@ class Collector:
             step_mean=samples.mean,
             step_std=samples.std,
         )
+
+    def _let_rewards_rest(self) -> None:
+        for part in self.reward.parts().values():
+            part.rest()
 
     def _draw_noise(self, group: torch.Tensor, plan: RolloutPlan) -> torch.Tensor:
         """The first noise (B, C, h, w) of images with these groups (B,)."""
