@@ -150,10 +150,8 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_in_halves_with_the_same_s
     protocol = EvaluationConfig(prompts=4, images_per_prompt=2, num_steps=2)
 
     def scores() -> dict[str, Any]:
-        judges = Judges({"full": Full()}, oracle=True)
-        return score_split(
-            shared_policy, "current", load_split("shapes", "test"), judges, protocol, lambda n: None
-        ).scores
+        test, full = load_split("shapes", "test"), Judges({"full": Full()}, oracle=True)
+        return score_split(shared_policy, "current", test, full, protocol, lambda n: None).scores
 
     whole = scores()
     room |= {"rollout": 5, "decode": 3}
