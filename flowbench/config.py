@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import yaml
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 class _Section(BaseModel):
     """Base of the configuration's parts.
 
-    added_later: settings that older records do not have; divides: those that only divide the work, so that they change
-    memory and time and no result.
+    added_later: settings that older records do not have; divides: those that only divide or place the work, so that
+    they change memory and time and no result.
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset()
@@ -41,10 +42,12 @@ class TrainingConfig(_Section):
     added_later: ClassVar = frozenset(
         (
             *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
-            *("rollout_batch", "sde_window_stay", "shared_noise"),
+            *("rollout_batch", "sde_window_stay", "shared_noise", "encode_first", "offload", "reward_precision"),
         )
     )
-    divides: ClassVar = frozenset(("decode_batch", "gradient_checkpointing", "microbatch", "rollout_batch"))
+    divides: ClassVar = frozenset(
+        ("decode_batch", "encode_first", "gradient_checkpointing", "microbatch", "offload", "rollout_batch")
+    )
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
     prompts_per_iteration: int = Field(16, ge=1)
@@ -89,6 +92,17 @@ class TrainingConfig(_Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="largest decay of the average of the tuned weights that is evaluated; 0 is none"
     )
+    reward_precision: Literal["auto", "float32"] = Field(
+        "auto",
+        description="auto: half precision on a GPU, for a reward that allows it and whose gradient is not trained on",
+    )
+    offload: bool | None = Field(
+        None, description="whether the reward leaves the device while it does not score; None is: with a memory limit"
+    )
+    encode_first: bool | None = Field(
+        None,
+        description="whether text encoders encode all prompts and go, before the rest is loaded; None is: on a GPU",
+    )
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
 
     @property
@@ -115,8 +129,10 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
 
-    added_later: ClassVar = frozenset(("guidance_scale", "judges", "unguided"))
-    divides: ClassVar = frozenset(("batch",))
+    added_later: ClassVar = frozenset(
+        ("base_cache", "decode_batch", "guidance_scale", "judge_precision", "judges", "unguided")
+    )
+    divides: ClassVar = frozenset(("base_cache", "batch", "decode_batch"))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
@@ -124,10 +140,17 @@ class EvaluationConfig(_Section):
     num_steps: int | None = Field(None, ge=1, description="sampler steps; None is the model's own number")
     guidance_scale: float | None = Field(None, ge=1, description="None is the model's own, 1 is none")
     unguided: bool = Field(True, description="where that is above 1: also score without guidance, as METRIC@1")
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1, description="images sampled, and scored, at a time")
+    decode_batch: int | None = Field(
+        None, ge=1, description="images decoded at a time; None is as many as have two megapixels together"
+    )
     judges: tuple[str, ...] | None = Field(
         None, description="rewards that score without being trained on; None is all of the model's, and the oracle"
     )
+    judge_precision: Literal["auto", "float32"] = Field(
+        "auto", description="auto: half precision on a GPU, for a judge that allows it"
+    )
+    base_cache: bool = Field(True, description="whether the base model's scores are kept on disk and used again")
     seed: int = 20_251
 
 
@@ -163,8 +186,8 @@ class RunConfig(_Section):
         training = {**preset.training, **_brought(cls, preset, self.reward).training, **changed}
         return self.model_copy(
             update={
-                "training": _undivided(self.training, training),
-                "evaluation": _undivided(self.evaluation, preset.evaluation),
+                "training": undivided(self.training, training),
+                "evaluation": undivided(self.evaluation, preset.evaluation),
             }
         )
 
@@ -190,8 +213,8 @@ class RunConfig(_Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _undivided(section: S, usual: Mapping[str, Any]) -> S:
-    """The section with what only divides the work as in `usual`, or else at its defaults."""
+def undivided(section: S, usual: Mapping[str, Any] = MappingProxyType({})) -> S:
+    """The section with what only divides or places the work as in `usual`, or else at its defaults."""
     fields = type(section).model_fields
     return section.model_copy(update={name: usual.get(name, fields[name].default) for name in section.divides})
 

@@ -41,6 +41,7 @@ class Collector:
 
         Raises RunError for a score that is not finite, or scores that say nothing.
         """
+        self._let_rewards_rest()  # an update may have asked them
         seed, device = self.config.seed, self.policy.device
         group, prompts = self._draw_prompts(iteration)
         processes = self.policy.processes
@@ -53,6 +54,7 @@ class Collector:
             images = self._decoded(samples.x0)
         with budget.timed("reward", device):
             scores = self._scores(images, prompts[mine], budget)
+        self._let_rewards_rest()
         samples, images, scores = joined(processes, samples, images, scores)
         for name, part in self.reward.parts().items():
             check_signal(part.info, scores[name], iteration + 1)
@@ -111,6 +113,10 @@ class Collector:
         for images in self.decoding.map(lambda rows: self.policy.decode(x0[rows]), len(x0)):
             shelf.add(images)
         return shelf.whole()
+
+    def _let_rewards_rest(self) -> None:
+        for part in self.reward.parts().values():
+            part.rest()
 
     def _draw_noise(self, group: torch.Tensor, plan: RolloutPlan) -> torch.Tensor:
         """The first noise (B, C, h, w) of images with these groups (B,), on the host."""
