@@ -13,6 +13,9 @@ Deviations from the paper and that code:
 2. `steps_per_image` sampler steps per image are drawn for the update; the code's `timestep_fraction` takes random steps
    too, and all of them by default.
 3. A minibatch holds random transitions; the code's holds the transitions of a few images.
+4. Stable Diffusion 3 takes 10 sampler steps, as in Flow-GRPO's code, where this one gives Stable Diffusion 1 50; it is
+   guided by its own scale.
+5. Images of a prompt come together, 24 in an iteration; the code draws a prompt for each image.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from flowbench.algorithm import Batch, Loss, Rollout, register_algorithm
+from flowbench.algorithm import Batch, Defaults, Loss, Rollout, register_algorithm
 from flowbench.models.policy import Policy
 from flowbench.toolkit.advantages import PromptBuffer
 from flowbench.toolkit.policy_gradient import (
@@ -43,7 +46,18 @@ class Ddpo(StepPolicyGradient["Ddpo.Config"]):
         min_count: int = Field(16, ge=1, description="rewards that a prompt is judged by its own from; reference code")
 
     cfg: Config
-    defaults: ClassVar = STEP_DEFAULTS
+    defaults: ClassVar = {
+        **STEP_DEFAULTS,
+        # config/dgx.py, prompt_image_alignment, and config/base.py. Guided by the model's own scale: docs/guidance.md.
+        "sd3.5-medium": Defaults(
+            {
+                "prompts_per_iteration": 12,  # the code's 288 images per iteration
+                "images_per_prompt": 24,  # `min_count` or more, so that a prompt is judged by its own from the start
+                "minibatch": 1296,  # two optimizer steps per iteration, of nine of the ten sampler steps
+                "learning_rate": 3e-4,
+            },
+        ),
+    }
     search_space: ClassVar = STEP_SEARCH_SPACE
 
     def setup(self, policy: Policy) -> None:

@@ -177,9 +177,10 @@ class Algorithm(Generic[C]):
 
     `score` is the run's reward as a function of images (B, 3, H, W) and prompts; differentiable if the algorithm
     declares the need "reward_grad". `ablations` lists the variants that `flowbench ablate` compares with the default,
-    each as the hyperparameters that it changes. `whole_groups` declares that rows of a group must never be cut apart,
-    neither by minibatches nor by microbatches. `anchored` declares that the formula itself pulls to the reference, so
-    strongly that training comes to rest under any reward; `flowbench check` tries that.
+    each as the settings that it changes: its own by their names, the loop's by full names ("training.ema").
+    `whole_groups` declares that rows of a group must never be cut apart, neither by minibatches nor by microbatches.
+    `anchored` declares that the formula itself pulls to the reference, so strongly that training comes to rest under
+    any reward; `flowbench check` tries that.
 
     `defaults` are its settings by the name of a model, {"mini-sd3": Defaults(...)}; they stand between those of the
     model's preset and the user's. `search_space` says what a search may vary, by a setting's full name

@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 
 
 class _Section(BaseModel):
+    """Base of the configuration's parts.
+
+    added_later: settings that older records do not have; divides: those that only divide or place the work, so that
+    they change memory and time and no result.
+    """
+
+    added_later: ClassVar[frozenset[str]] = frozenset()
+    divides: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -33,8 +42,11 @@ class TrainingConfig(_Section):
     added_later: ClassVar = frozenset(
         (
             *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
-            *("sde_window_stay", "shared_noise"),
+            *("rollout_batch", "sde_window_stay", "shared_noise", "encode_first", "offload", "reward_precision"),
         )
+    )
+    divides: ClassVar = frozenset(
+        ("decode_batch", "encode_first", "gradient_checkpointing", "microbatch", "offload", "rollout_batch")
     )
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
@@ -55,6 +67,7 @@ class TrainingConfig(_Section):
         "raw", description="of each reward in a sum: as it is, or by its own mean and deviation over the run so far"
     )
     microbatch: int | None = Field(None, ge=1, description="rows per backward pass; None is the whole minibatch")
+    rollout_batch: int | None = Field(None, ge=1, description="images sampled at a time; None is all of an iteration")
     decode_batch: int = Field(64, ge=1, description="images decoded and scored at a time")
     gradient_checkpointing: bool = False
     sampler: str = Field("ode", description="sampler of training rollouts")
@@ -78,6 +91,17 @@ class TrainingConfig(_Section):
     )
     ema: float = Field(
         0.0, ge=0, lt=1, description="largest decay of the average of the tuned weights that is evaluated; 0 is none"
+    )
+    reward_precision: Literal["auto", "float32"] = Field(
+        "auto",
+        description="auto: half precision on a GPU, for a reward that allows it and whose gradient is not trained on",
+    )
+    offload: bool | None = Field(
+        None, description="whether the reward leaves the device while it does not score; None is: with a memory limit"
+    )
+    encode_first: bool | None = Field(
+        None,
+        description="whether text encoders encode all prompts and go, before the rest is loaded; None is: on a GPU",
     )
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
 
@@ -105,7 +129,10 @@ class TrainingConfig(_Section):
 class EvaluationConfig(_Section):
     """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
 
-    added_later: ClassVar = frozenset(("guidance_scale", "judges", "unguided"))
+    added_later: ClassVar = frozenset(
+        ("base_cache", "decode_batch", "guidance_scale", "judge_precision", "judges", "unguided")
+    )
+    divides: ClassVar = frozenset(("base_cache", "batch", "decode_batch"))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
@@ -113,11 +140,21 @@ class EvaluationConfig(_Section):
     num_steps: int | None = Field(None, ge=1, description="sampler steps; None is the model's own number")
     guidance_scale: float | None = Field(None, ge=1, description="None is the model's own, 1 is none")
     unguided: bool = Field(True, description="where that is above 1: also score without guidance, as METRIC@1")
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1, description="images sampled, and scored, at a time")
+    decode_batch: int | None = Field(
+        None, ge=1, description="images decoded at a time; None is as many as have two megapixels together"
+    )
     judges: tuple[str, ...] | None = Field(
         None, description="rewards that score without being trained on; None is all of the model's, and the oracle"
     )
+    judge_precision: Literal["auto", "float32"] = Field(
+        "auto", description="auto: half precision on a GPU, for a judge that allows it"
+    )
+    base_cache: bool = Field(True, description="whether the base model's scores are kept on disk and used again")
     seed: int = 20_251
+
+
+S = TypeVar("S", bound=_Section)
 
 
 class RunConfig(_Section):
@@ -142,10 +179,26 @@ class RunConfig(_Section):
         """What the run's prompts are read from."""
         return self.prompts or preset.prompts
 
+    def undivided(self) -> RunConfig:
+        """The same run with the work divided as the model and the algorithm say, whatever it says itself."""
+        preset, cls = load_preset(self.model, resolve=False), algorithms.get(self.algorithm).cls
+        changed = preset.settings(self.algorithm, self.reward)["training"]
+        training = {**preset.training, **_brought(cls, preset, self.reward).training, **changed}
+        return self.model_copy(
+            update={
+                "training": undivided(self.training, training),
+                "evaluation": undivided(self.evaluation, preset.evaluation),
+            }
+        )
+
     def hash(self) -> str:
-        """Ten hex digits over everything but seed and device, the contents of preset and prompt files included."""
+        """Ten hex digits over what decides the results, the contents of preset and prompt files included.
+
+        That is everything but seed, device, and how the work is divided.
+        """
         content = self.model_dump(mode="json", exclude={"seed", "device", "prompts", "prompts_hash"})
-        content |= {"training": hashable(self.training), "evaluation": hashable(self.evaluation)}
+        same = self.undivided()
+        content |= {"training": hashable(same.training), "evaluation": hashable(same.evaluation)}
         content["hyperparameters"] = _without_unused(self.hyperparameters, algorithms.get(self.algorithm).cls.Config)
         # Its defaults, and those that it takes from a model like it, are in the resolved settings already.
         resolved = {"training", "evaluation", "algorithms", "like"}
@@ -158,6 +211,12 @@ class RunConfig(_Section):
         if self.prompts_hash:  # what the files hold decides, not where they lie
             content["preset"]["prompts"] = self.prompts_hash
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def undivided(section: S, usual: Mapping[str, Any] = MappingProxyType({})) -> S:
+    """The section with what only divides or places the work as in `usual`, or else at its defaults."""
+    fields = type(section).model_fields
+    return section.model_copy(update={name: usual.get(name, fields[name].default) for name in section.divides})
 
 
 def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:
@@ -175,7 +234,7 @@ def _without_unused(
 
 PRESET = "preset.yaml"  # a run's copy, beside its configuration
 
-MOVED = {"algorithm.shared_noise": "training.shared_noise"}  # earlier names of settings
+MOVED = {f"algorithm.{name}": f"training.{name}" for name in ("anchor_decay", "shared_noise")}  # earlier names
 
 # How users spell the sections in `--set` and in configuration files.
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig, "algorithm": None}

@@ -18,6 +18,10 @@ class RunInterruptedError(RunError):
     """The user stopped the run; its checkpoint is saved."""
 
 
+class PeerError(RunError):
+    """Another process of this run failed, or main has been told of this one's failure: it is said once, by main."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for the nearest known name, else the list of what there is."""
     names = sorted(known)

@@ -50,7 +50,8 @@ class Spent(_Part):
 class Record(_Part):
     """One run. scores: "metric/split" or "metric/split/category" to Score; per_prompt: "metric/split" to the values.
 
-    "metric@1" is of images sampled without guidance, where "metric" is of those sampled with it.
+    "metric@1" is of images sampled without guidance, where "metric" is of those sampled with it. base_cached: splits
+    whose base scores are those that an earlier run had kept.
     """
 
     algorithm: str
@@ -67,6 +68,7 @@ class Record(_Part):
     prompt_hashes: dict[str, str]
     reward_provenance: dict[str, Any]
     judges: dict[str, dict[str, Any]] = {}
+    base_cached: tuple[str, ...] = ()
     command: str
     commit: str | None
     device: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -25,6 +25,8 @@ class Reward:
     """
 
     info: RewardInfo
+    pure: ClassVar[bool] = False  # whether its scores depend on its code alone
+    half_tolerance: ClassVar[float | None] = None  # most that scores change if `halve` is called; None is: it may not
 
     def load(self, device: torch.device) -> None:
         """Load weights onto the device.
@@ -39,6 +41,15 @@ class Reward:
         `reference`.
         """
         raise NotImplementedError
+
+    def to(self, device: torch.device) -> None:
+        """Move the loaded weights to another device; by default they stay where `load` has put them."""
+
+    def halve(self) -> None:
+        """Compute in float16 from here on; called after `load`, on the CPU, if `half_tolerance` is a number."""
+
+    def rest(self) -> None:
+        """Leave the device until the next score, if this reward is only there while it scores; most stay."""
 
     def provenance(self) -> dict[str, Any]:
         """What identifies the scorer in a record, such as weights' names and hashes.

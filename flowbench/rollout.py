@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from flowbench.errors import RunError
+from flowbench.stored import StoredRows, stored_rows, stored_steps
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Rollout:
     from noise to x0; log_prob (B, T), summed over latent dimensions, if it needs "log_prob"; step_mean (B, T, C, h, w)
     and step_std (B, T), the Gaussian of each step as the behaviour policy took it, if its plan keeps steps; components:
     name to raw scores (B,) of each reward that `reward` is made of.
+    Beside a GPU, x0, images, states and step_mean lie in host memory: whatever of them is computed with is fetched to
+    the device first (`flowbench.stored`), so take the rows you need before anything else.
     """
 
     iteration: int
@@ -78,12 +82,24 @@ class Rollout:
 
     def center(self, values: torch.Tensor) -> torch.Tensor:
         """values (B,) minus the mean over the images of the same prompt."""
-        sums = values.new_zeros(int(self.group.max()) + 1).index_add_(0, self.group, values)
-        return values - (sums / torch.bincount(self.group))[self.group]
+        return centered_within(values, self.group)
 
     def normalized_advantage(self, bound: float) -> torch.Tensor:
         """(B,): (r - mean of the prompt's images) / (standard deviation of the iteration), clipped to +-bound."""
         return (self.center(self.reward) / (self.reward.std() + 1e-6)).clamp(-bound, bound)
+
+
+def means_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """For each row the mean, in the values' dtype, of values (R,) or (R, F) over the rows of its group (R,) int64."""
+    own = group.unique(return_inverse=True)[1]
+    count = torch.bincount(own).to(values.dtype)
+    sums = values.new_zeros(len(count), *values.shape[1:]).index_add_(0, own, values)
+    return (sums / count.view(-1, *[1] * (values.ndim - 1)))[own]
+
+
+def centered_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """values (R,) or (R, F) minus their `means_within` the rows' groups (R,) int64."""
+    return values - means_within(values, group)
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,8 @@ class Batch:
     of a rollout that keeps steps; for pairs rival (R, C, h, w), the other image of the same prompt.
     In a minibatch each row also has its own noise (R, N, C, h, w) and noise_sigma (R,), as the algorithm's `draws`
     asks; and scalars, name to (R,): what `prepare` or `compare` says of each row.
+    Rows of a rollout point at its tensors (`flowbench.stored`): neither making nor selecting rows copies latents. The
+    rows that `measure` and `loss` are given have them in plain tensors on the device.
     """
 
     prompts: tuple[str, ...]
@@ -156,11 +174,18 @@ class Batch:
         return self.x0, self.rival
 
     def select(self, rows: torch.Tensor) -> Batch:
-        """The batch of these rows."""
+        """The batch of these rows, (K,) int64."""
         chosen = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         scalars = {name: value[rows] for name, value in self.scalars.items()}
         prompts = tuple(self.prompts[i] for i in rows.tolist())
         return replace(self, prompts=prompts, cond=self.cond.select(rows), scalars=scalars, **chosen)
+
+    def fetched(self) -> Batch:
+        """The same rows with plain tensors, on the device."""
+        stored: dict[str, Any] = {
+            name: value.fetched() for name, value in vars(self).items() if isinstance(value, StoredRows)
+        }
+        return replace(self, **stored)
 
 
 @dataclass(frozen=True)
@@ -176,10 +201,10 @@ class Transition:
 
 def endpoints(rollout: Rollout, advantage: torch.Tensor, copies: int = 1) -> Batch:
     """`copies` rows per image; rows of a prompt's images that are the same copy share a group."""
-    batch = Batch(rollout.prompts, rollout.cond, rollout.x0, advantage)
-    rows = torch.arange(len(batch), device=rollout.x0.device).repeat(copies)
-    copy = torch.arange(copies, device=rows.device).repeat_interleave(len(batch))
-    return replace(batch.select(rows), group=rollout.group[rows] * copies + copy)
+    image = torch.arange(len(rollout), device=rollout.group.device).repeat(copies)
+    copy = torch.arange(copies, device=image.device).repeat_interleave(len(rollout))
+    batch = Batch(rollout.prompts, rollout.cond, stored_rows(rollout.x0, image[: len(rollout)]), advantage)
+    return replace(batch.select(image), group=rollout.group[image] * copies + copy)
 
 
 def pairs(rollout: Rollout, copies: int = 1) -> Batch:
@@ -191,14 +216,16 @@ def pairs(rollout: Rollout, copies: int = 1) -> Batch:
     best = torch.stack([rows[rollout.reward[rows].argmax()] for rows in groups]).repeat(copies)
     worst = torch.stack([rows[rollout.reward[rows].argmin()] for rows in groups]).repeat(copies)
     batch = endpoints(rollout, rollout.reward).select(best)
-    return replace(batch, advantage=batch.advantage - rollout.reward[worst], rival=rollout.x0[worst])
+    rival = stored_rows(rollout.x0, worst)
+    return replace(batch, advantage=batch.advantage - rollout.reward[worst], rival=rival)
 
 
 def visited(rollout: Rollout, advantage: torch.Tensor, step: torch.Tensor) -> Batch:
     """One row per image: the state x at that image's sampler step (B,) and its sigma."""
     assert rollout.states is not None
-    rows = torch.arange(len(rollout), device=rollout.x0.device)
-    return replace(endpoints(rollout, advantage), x=rollout.states[rows, step], sigma=rollout.sigmas[step])
+    image = torch.arange(len(rollout), device=step.device)
+    x = stored_steps(rollout.states, image, step)
+    return replace(endpoints(rollout, advantage), x=x, sigma=rollout.sigmas[step])
 
 
 def idle_steps(sigmas: torch.Tensor) -> torch.Tensor:
@@ -223,21 +250,21 @@ def transitions(rollout: Rollout, advantage: torch.Tensor) -> Batch:
     assert rollout.states is not None
     assert rollout.log_prob is not None
     b, t = rollout.log_prob.shape
-    image = torch.arange(b, device=rollout.x0.device).repeat_interleave(t)
-    step = torch.arange(t, device=rollout.x0.device).repeat(b)
+    image = torch.arange(b, device=rollout.log_prob.device).repeat_interleave(t)
+    step = torch.arange(t, device=image.device).repeat(b)
     keep = rollout.log_prob[image, step].isfinite() & ~idle_steps(rollout.sigmas)[step]
     image, step = image[keep], step[keep]
     return Batch(
         prompts=tuple(rollout.prompts[i] for i in image.tolist()),
         cond=rollout.cond.select(image),
-        x0=rollout.x0[image],
+        x0=stored_rows(rollout.x0, image),
         advantage=advantage[image] if advantage.ndim == 1 else advantage[image, step],
-        x=rollout.states[image, step],
-        x_next=rollout.states[image, step + 1],
+        x=stored_steps(rollout.states, image, step),
+        x_next=stored_steps(rollout.states, image, step + 1),
         sigma=rollout.sigmas[step],
         sigma_next=rollout.sigmas[step + 1],
         log_prob_old=rollout.log_prob[image, step],
-        step_mean=None if rollout.step_mean is None else rollout.step_mean[image, step],
+        step_mean=None if rollout.step_mean is None else stored_steps(rollout.step_mean, image, step),
         step_std=None if rollout.step_std is None else rollout.step_std[image, step],
     )
 

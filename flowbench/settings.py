@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import yaml
 from flowbench.config import SECTIONS
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.prompts import locate
+
+
+def full_names(changed: Mapping[str, Any]) -> dict[str, Any]:
+    """An ablation's settings, {"tau": 2.0, "training.ema": 0.0}, by full names: those without a section are the
+    algorithm's own."""
+    return {key if "." in key else f"algorithm.{key}": value for key, value in changed.items()}
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from flowbench.reward import Reward, register_reward
-from flowbench.scoring.checkpoints import Weights, find_file, fingerprint, read_tensors
+from flowbench.reward import register_reward
+from flowbench.scoring.checkpoints import Weights, find_file, read_tensors
+from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side
 from flowbench.scoring.towers.openclip import clip_weights, load_towers
 
@@ -23,13 +24,15 @@ HEAD = "sac+logos+ava1-l14-linearMSE"  # of that repository, with .pth
     differentiable=True,
     reads_prompt=False,
 )
-class Aesthetic(Reward):
+class Aesthetic(NetworkReward):
     """Predicted rating of an image, about 1 to 10: LAION's head on the embedding of CLIP ViT-L/14; ignores the prompt.
 
     model, pretrained: the CLIP model, as for the reward `clip`; head: the converted head, or a folder (which may lie
     below FLOWBENCH_WEIGHTS) that contains it. The MLP ("layers.0.weight", ...) and the older linear head ("weight",
     "bias") both fit.
     """
+
+    half_tolerance = 0.02
 
     def __init__(self, model: str = "ViT-L-14", pretrained: str | None = "openai", head: str = REPOSITORY) -> None:
         self.model_name, self.pretrained, self.head_name = model, pretrained, head
@@ -47,6 +50,16 @@ class Aesthetic(Reward):
         x = self.preprocess(images.to(self.towers.device))
         return self.head(self.towers.embed_images(x))
 
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return self.towers.model.visual, self.head
+
+    def to(self, device: torch.device) -> None:
+        self.towers.to(device)
+        self.head.to(device)
+
+    def _half(self) -> None:
+        self.towers.halve()  # not the head, whose few layers amplify what is lost
+
     def weights(self) -> tuple[Weights, ...]:
         head = Weights(self.head_name, (f"{HEAD}.safetensors",), f"{HEAD}.pth", f"github.com/{REPOSITORY}")
         return clip_weights(self.model_name, self.pretrained), head
@@ -56,5 +69,5 @@ class Aesthetic(Reward):
             "model": self.model_name,
             "pretrained": self.pretrained,
             "head": self.head_name,
-            "sha256": fingerprint(self.towers.model.visual, self.head),
+            **self.identity(),
         }

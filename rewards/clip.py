@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from flowbench.reward import Reward, register_reward
-from flowbench.scoring.checkpoints import Weights, fingerprint
+from flowbench.reward import register_reward
+from flowbench.scoring.checkpoints import Weights
+from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side
 from flowbench.scoring.towers.openclip import clip_weights, load_towers
 
@@ -19,12 +20,14 @@ from flowbench.scoring.towers.openclip import clip_weights, load_towers
     range=(-1.0, 1.0),
     differentiable=True,
 )
-class Clip(Reward):
+class Clip(NetworkReward):
     """Cosine of the CLIP embeddings of image and prompt.
 
     model: an open_clip name with its `pretrained` tag or weights file, or a folder in open_clip's own format. A tag's
     hub repository is looked for below FLOWBENCH_WEIGHTS first.
     """
+
+    half_tolerance = 2e-3
 
     def __init__(self, model: str = "ViT-H-14", pretrained: str | None = None) -> None:
         self.model_name, self.pretrained = model, pretrained
@@ -39,8 +42,17 @@ class Clip(Reward):
             x = self.preprocess(x)
         return (self.towers.embed_images(x) * self.towers.embed_prompts(prompts)).sum(1)
 
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return (self.towers.model,)
+
+    def to(self, device: torch.device) -> None:
+        self.towers.to(device)
+
+    def _half(self) -> None:
+        self.towers.halve()
+
     def weights(self) -> tuple[Weights, ...]:
         return (clip_weights(self.model_name, self.pretrained),)
 
     def provenance(self) -> dict[str, Any]:
-        return {"model": self.model_name, "pretrained": self.pretrained, "sha256": fingerprint(self.towers.model)}
+        return {"model": self.model_name, "pretrained": self.pretrained, **self.identity()}

@@ -9,8 +9,9 @@ import torch
 
 from flowbench.errors import UsageError
 from flowbench.models.presets import resolve_weights
-from flowbench.reward import Reward, register_reward
-from flowbench.scoring.checkpoints import Weights, find_file, fingerprint
+from flowbench.reward import register_reward
+from flowbench.scoring.checkpoints import Weights, find_file
+from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import TensorPreprocessing, pad_longest_side
 from flowbench.scoring.towers.openclip import load_checkpoint, load_towers
 
@@ -26,12 +27,14 @@ ARCHITECTURE = "ViT-H-14"
     range=(-1.0, 1.0),
     differentiable=True,
 )
-class HpsV2(Reward):
+class HpsV2(NetworkReward):
     """Cosine of image and prompt under CLIP ViT-H/14 fine-tuned on human preferences (HPS v2.0 or v2.1).
 
     model: the hub id, a folder with the converted checkpoint, the checkpoint itself, or a folder in open_clip's own
     format. version: "v2.0" or "v2.1"; their scores are not comparable, and the package's default is v2.0.
     """
+
+    half_tolerance = 2e-3
 
     def __init__(self, version: str = "v2.1", model: str = HUB) -> None:
         if version not in FILES:
@@ -56,9 +59,18 @@ class HpsV2(Reward):
         x = self.preprocess(images.to(self.towers.device))
         return (self.towers.embed_images(x) * self.towers.embed_prompts(prompts)).sum(1)
 
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return (self.towers.model,)
+
+    def to(self, device: torch.device) -> None:
+        self.towers.to(device)
+
+    def _half(self) -> None:
+        self.towers.halve()
+
     def weights(self) -> tuple[Weights, ...]:
         name = FILES[self.version]
         return (Weights(self.model_name, (f"{name}.safetensors", "open_clip_model.safetensors"), f"{name}.pt"),)
 
     def provenance(self) -> dict[str, Any]:
-        return {"version": self.version, "model": self.model_name, "sha256": fingerprint(self.towers.model)}
+        return {"version": self.version, "model": self.model_name, **self.identity()}

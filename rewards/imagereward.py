@@ -9,16 +9,16 @@ import torch
 
 from flowbench.errors import RunError
 from flowbench.models.presets import resolve_weights
-from flowbench.reward import Reward, register_reward
+from flowbench.reward import register_reward
 from flowbench.scoring.checkpoints import (
     Weights,
     brief,
     find_file,
-    fingerprint,
     load_pretrained,
     read_json,
     read_tensors,
 )
+from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side, normalize
 
 HUB = "THUDM/ImageReward"
@@ -35,12 +35,14 @@ CONFIG = "imagereward_config.json"  # of a network of another size; the official
     range=(float("-inf"), float("inf")),
     differentiable=True,
 )
-class ImageReward(Reward):
+class ImageReward(NetworkReward):
     """BLIP's image-grounded text encoder with a head, trained on human rankings; about normal with deviation 1.
 
     model: hub id or folder of the converted checkpoint; tokenizer: hub id or folder of BERT's uncased tokenizer, by
     default the model's own folder if it is a network of another size.
     """
+
+    half_tolerance = 0.02
 
     def __init__(self, model: str = HUB, tokenizer: str | None = None) -> None:
         self.model_name, self.tokenizer_name = model, tokenizer
@@ -66,15 +68,27 @@ class ImageReward(Reward):
             raise RunError(f"reward 'imagereward': '{config}' describes no network: {brief(error)}") from error
         load_blip_reward("imagereward", path, self.model, read_tensors("imagereward", path))
         self.model.eval().requires_grad_(False)
-        self.device = device
+        self.device, self.dtype = device, torch.float32
         self.preprocess = Preprocessing(self.model.vision.config.image_size, crop_shortest_side)
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
-        pixels = normalize(self.preprocess(images.to(self.device)))
+        pixels = normalize(self.preprocess(images.to(self.device))).to(self.dtype)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
         return (self.model(pixels, tokens.input_ids, tokens.attention_mask) - self.mean) / self.std
+
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return (self.model,)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.device = device
+
+    def _half(self) -> None:
+        self.model.half()
+        self.model.head.float()
+        self.dtype = torch.float16
 
     def weights(self) -> tuple[Weights, ...]:
         checkpoint = Weights(self.model_name, ("ImageReward.safetensors",), "ImageReward.pt")
@@ -82,4 +96,4 @@ class ImageReward(Reward):
         return checkpoint, Weights(tokenizer, ("tokenizer.json", "vocab.txt"))
 
     def provenance(self) -> dict[str, Any]:
-        return {"model": self.model_name, "sha256": fingerprint(self.model)}
+        return {"model": self.model_name, **self.identity()}

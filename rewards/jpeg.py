@@ -22,6 +22,8 @@ from flowbench.reward import Reward, register_reward
 class Jpeg(Reward):
     """JPEG compressibility: minus the size in kilobytes at quality 95; the prompt is ignored."""
 
+    pure = True
+
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         pixels = (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return torch.tensor([-self._kilobytes(Image.fromarray(p)) for p in pixels])

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from flowbench.errors import RunError, UsageError
-from flowbench.reward import Reward, register_reward
-from flowbench.scoring.checkpoints import Weights, fingerprint, load_pretrained
+from flowbench.reward import register_reward
+from flowbench.scoring.checkpoints import Weights, load_pretrained
+from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import to_pil
 
 QUESTION = 'Does this image show "{prompt}"? Answer yes or no.'
@@ -23,7 +24,7 @@ ANSWERS = (("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no"))
     range=(0.0, 1.0),
     differentiable=True,
 )
-class Vqa(Reward):
+class Vqa(NetworkReward):
     """Probability that a vision-language model answers yes, of yes and no, when asked whether it sees the prompt.
 
     model: hub id or folder of a model that transformers' AutoModelForImageTextToText loads; question: with {prompt}.
@@ -70,11 +71,19 @@ class Vqa(Reward):
             )
         return inputs
 
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return (self.model,)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.device = device
+        self.answers = [ids.to(device) for ids in self.answers]
+
     def weights(self) -> tuple[Weights, ...]:
         return (Weights(self.model_name, ("config.json",)),)
 
     def provenance(self) -> dict[str, Any]:
-        return {"model": self.model_name, "question": self.question, "sha256": fingerprint(self.model)}
+        return {"model": self.model_name, "question": self.question, **self.identity()}
 
     def _single_tokens(self, words: tuple[str, ...]) -> Iterator[int]:
         for word in words:

@@ -18,7 +18,8 @@ from small import SMALL
 
 from flowbench.cli import main as cli
 from flowbench.config import RunConfig, resolve_config
-from flowbench.experiments.run import build_algorithm, build_policy, build_reward
+from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
@@ -28,6 +29,7 @@ from flowbench.reward import Reward
 from flowbench.training.trainer import IterationLog, Trainer
 
 CPU = torch.device("cpu")
+os.environ["FLOWBENCH_CACHE"] = "off"  # no test depends on what earlier ones kept, or leaves anything with the user
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than cores slow each other down
     torch.set_num_threads(1)

@@ -21,8 +21,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-def minibatch_loss(algorithm: Algorithm, policy: Any, batch: Batch) -> Loss:
+def minibatch_loss(algorithm: Algorithm, policy: Any, batch: Batch, shared_noise: bool | None = None) -> Loss:
     """The loss of rows that are a whole minibatch in one part; each is handed noise first, if it has none."""
     if batch.noise is None:
-        batch = drawn(algorithm, policy, batch)
+        batch = drawn(algorithm, policy, batch, shared_noise)
     return algorithm.loss(policy, compared(algorithm, policy, batch, Cut(len(batch)))[0])

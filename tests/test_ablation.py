@@ -15,6 +15,7 @@ import torch
 from small import SMALL
 from test_leaderboard import record as make_record
 
+from flowbench.config import RunConfig
 from flowbench.errors import RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.experiments.ablation import Variant, all_jobs, plan, rows, to_csv, to_markdown
@@ -271,7 +272,12 @@ def test_ablations_are_checked_before_anything_runs(clean_registry: None, tmp_pa
 
 def test_ac_flows_ablations_change_one_stabiliser_critic_or_added_device_each(tmp_path: Path):
     variants = plan("acflow", {}, 1, **{**run(tmp_path), "model": "mini-sd3", "reward": "clip"})
-    default = variants[0].jobs[0].config.hyperparameters
+
+    def settings(config: RunConfig) -> dict[str, Any]:
+        loop = config.training.model_dump(mode="json")
+        return {**config.hyperparameters, **{f"training.{key}": value for key, value in loop.items()}}
+
+    default = settings(variants[0].jobs[0].config)
     assert [v.name for v in variants] == [
         "default",
         "clip=null",
@@ -283,12 +289,12 @@ def test_ac_flows_ablations_change_one_stabiliser_critic_or_added_device_each(tm
         "critic=sees",
         "critic=preview",
         "center=false",
-        "shared_noise=false",
+        "training.shared_noise=false",
         "w2_every=1",
-        "anchor_decay=null",
+        "training.anchor_decay=null",
         "control_variate=true",
     ]
     for variant in variants[1:]:
-        settings = variant.jobs[0].config.hyperparameters
-        changed = {key for key in default if settings[key] != default[key]}
+        own = settings(variant.jobs[0].config)
+        changed = {key for key in default if own[key] != default[key]}
         assert changed == {variant.name.split("=")[0]}, variant.name

@@ -15,7 +15,7 @@ from flowbench.registry import algorithms
 from flowbench.settings import parse_assignments, read_config_file
 
 MakeConfig = Callable[..., RunConfig]
-SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/oracle/acflow-s0.json"
+SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/clip/online-dpo-s0.json"
 
 
 def resolve(algorithm: str = "acflow", reward: str = "jpeg", **overrides: object) -> RunConfig:
@@ -114,12 +114,14 @@ def test_an_algorithms_settings_for_one_reward_hold_for_that_reward_alone():
 
 def test_an_option_that_came_later_leaves_older_hashes_as_they_were(scheduler_grid: None):
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    as_run = {"evaluation.splits": ["test"], "evaluation.judges": ["clip"]}
-    config = resolve_config("acflow", "oracle", "mini-sd3", overrides=as_run)
-    assert "w2_every" not in shipped["config"]["hyperparameters"]
+    config = resolve_config("online-dpo", "clip", "mini-sd3", overrides={})
+    assert not {"anchor_decay", "shared_noise"} & set(shipped["config"]["training"])
     assert config.hash() == shipped["config_hash"]
-    assert resolve("acflow", algorithm__w2_every=2).hash() != resolve("acflow").hash()
-    assert resolve("acflow", algorithm__anchor_decay=0.9).hash() != resolve("acflow").hash()
+    config = resolve("acflow", algorithm__w2_every=1)
+    older = {name: value for name, value in config.hyperparameters.items() if name not in ("log_preview", "w2_every")}
+    assert config.model_copy(update={"hyperparameters": older}).hash() == config.hash()
+    for changed in ({"algorithm__w2_every": 2}, {"training__anchor_decay": 0.9}, {"training__shared_noise": False}):
+        assert resolve("acflow", **changed).hash() != resolve("acflow").hash()
 
 
 def test_overrides_win_over_the_models_defaults(tmp_path: Path):

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from flowbench.algorithm import no_score
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import UsageError
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import load_preset
 from flowbench.registry import algorithms
 from flowbench.rollout import Batch
+from flowbench.toolkit.critic import Sight
+from flowbench.toolkit.seeing import LeastSquaresCritic, make_critic
 from flowbench.training.trainer import Trainer
 
 MakeConfig, MakeTrainer = Callable[..., RunConfig], Callable[..., Trainer]
@@ -38,11 +41,11 @@ def handed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["adrpo", "awm", "nft", "orw-cfm-w2", "raft"])
+@pytest.mark.parametrize("name", ["acflow", "adrpo", "awm", "nft", "orw-cfm-w2", "raft"])
 def test_a_run_may_give_shared_noise_to_any_method_that_noises_images_again(
     name: str, tiny_config: MakeConfig, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    for shared in (True, None):
+    for shared in (True, False):
         overrides = {"training.shared_noise": shared, "training.minibatch": 16}
         if name == "raft":
             overrides["algorithm.share"] = 1.0
@@ -52,10 +55,21 @@ def test_a_run_may_give_shared_noise_to_any_method_that_noises_images_again(
         assert set(levels) == ({1} if shared else {trainer.config.training.images_per_prompt})
 
 
-def test_the_former_name_of_the_option_is_answered_with_its_new_one():
-    for name in ("adrpo", "awm", "nft", "raft"):
-        with pytest.raises(UsageError, match=r"^setting 'algorithm.shared_noise' is now 'training.shared_noise'$"):
-            resolve_config(name, "clip", "mini-sd3", overrides={"algorithm.shared_noise": True})
+@pytest.mark.parametrize(("name", "default"), [("acflow", True), ("adrpo", False), ("nft", False)])
+def test_a_run_that_says_nothing_of_shared_noise_leaves_it_to_the_method(
+    name: str, default: bool, tiny_config: MakeConfig, make_trainer: MakeTrainer, tmp_path: Path
+):
+    overrides = {"training.shared_noise": None}
+    assert make_trainer(tiny_config(name, overrides=overrides), tmp_path).algorithm.draws().shared == default
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [(name, "shared_noise") for name in ("acflow", "adrpo", "awm", "nft", "raft")] + [("acflow", "anchor_decay")],
+)
+def test_the_former_name_of_an_option_is_answered_with_its_new_one(name: str, key: str):
+    with pytest.raises(UsageError, match=rf"^setting 'algorithm.{key}' is now 'training.{key}'$"):
+        resolve_config(name, "clip", "mini-sd3", overrides={f"algorithm.{key}": None})
 
 
 def test_devices_that_are_off_leave_hashes_as_they_were(tiny_config: MakeConfig):
@@ -108,7 +122,25 @@ def test_a_loss_is_pulled_to_the_anchor_and_an_evaluation_still_knows_the_base_m
     assert torch.equal(policy.velocity(x, sigma, cond, weights="reference"), base)
 
 
-@pytest.mark.parametrize("name", ["adrpo", "awm", "dpok", "flow-grpo", "nft", "orw-cfm-w2"])
+def test_a_critic_in_a_loss_that_is_anchored_looks_through_the_base_model(make_policy: Callable[..., Policy]):
+    policy = make_policy(Tuning("full"))
+    policy.add_view("anchor")
+    critic, x, sigma = make_critic("sees", policy, 8, center=False), policy.draw_noise(2), torch.tensor([0.9, 0.4])
+    prompts = ("a red circle", "two crosses")
+    rows = Sight(x, sigma, policy.encode(prompts), prompts, torch.zeros(2), torch.arange(2))
+    seen = []
+    for shift in (0.0, 0.01):  # of the anchor alone
+        for p in policy.views.parameters("anchor"):
+            p.data += shift
+        with policy.anchored():
+            critic.measure(policy, rows, no_score)
+            seen.append(policy.velocity(x, sigma, rows.cond, weights="reference"))
+    assert not torch.allclose(*seen)  # the loss still gets the anchor
+    assert isinstance(critic, LeastSquaresCritic)
+    assert all(torch.equal(a, b) for a, b in zip(*critic._seen, strict=True))
+
+
+@pytest.mark.parametrize("name", ["acflow", "adrpo", "awm", "dpok", "flow-grpo", "nft", "orw-cfm-w2"])
 def test_a_moving_anchor_changes_what_a_method_with_a_reference_term_learns(
     name: str, tiny_config: MakeConfig, make_trainer: MakeTrainer, tmp_path: Path
 ):
@@ -152,7 +184,7 @@ def test_the_page_on_guidance_states_every_algorithms():
 
 
 @pytest.mark.parametrize("model", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
-@pytest.mark.parametrize("name", sorted(set(algorithms.names()) - {"acflow"}))
+@pytest.mark.parametrize("name", algorithms.names())
 def test_training_is_guided_as_the_page_states(name: str, model: str):
     config, preset = resolve_config(name, "clip", model, overrides={}), load_preset(model)
     scale = config.training.guidance_scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import logging
 import os
 import shlex
 import sys
@@ -19,9 +20,10 @@ from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
 from flowbench.cli import testbed as cli_testbed
 from flowbench.cli.options import DeviceOption, OutputOption, PluginOption, PromptsOption, SettingsOption, TrackOption
-from flowbench.errors import RunError, UsageError
+from flowbench.errors import PeerError, RunError, RunInterruptedError, UsageError
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
+from flowbench.launch import check_alone, is_main
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
@@ -177,12 +179,15 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Options that stand before a command."""
+    if context.invoked_subcommand != "run":
+        check_alone(f"'flowbench {context.invoked_subcommand}'")
 
 
 def _command() -> str:
@@ -201,6 +206,8 @@ def main() -> None:
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
     try:
+        if not is_main():
+            logging.getLogger("flowbench").setLevel(logging.ERROR)  # main warns
         code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
         if code == INTERRUPTED:  # typer's way to pass on a Ctrl-C
             raise KeyboardInterrupt
@@ -209,7 +216,8 @@ def main() -> None:
         if debug:
             raise
         message, status = _explain(error)
-        print(f"flowbench: {message}", file=sys.stderr)
+        if is_main() or not isinstance(error, (UsageError, RunInterruptedError, PeerError)):  # else main says it
+            print(f"flowbench: {message}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         print("flowbench: interrupted", file=sys.stderr)

@@ -19,6 +19,7 @@ from flowbench.conformance.row_claims import loss_is_a_function_of_rows
 from flowbench.conformance.verdict import Claim, Finding, Verdict, examine, failed, passed, skipped
 from flowbench.conformance.watch import LossCall, Part
 from flowbench.errors import UsageError
+from flowbench.settings import full_names
 
 DOCS = Path(package).parent.parent / "docs"
 STANDARD_ERRORS = 4.0  # that a sampled reward may lie beyond the frontier
@@ -49,7 +50,7 @@ def metadata_is_complete(bench: AlgorithmBench) -> Verdict:
         return failed(f"missing: {', '.join(missing)}")
     for changed in cls.ablations:
         try:
-            bench.config({f"algorithm.{key}": value for key, value in changed.items()})
+            bench.config(full_names(changed))
         except UsageError as error:
             return failed(f"its ablation {dict(changed)} is refused: {error}")
     fault = declaration_fault(cls)

@@ -12,8 +12,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from flowbench.errors import RunError, UsageError
-from flowbench.evaluation.protocol import Judges, score_images
+from flowbench.evaluation.protocol import Judges, Lot, score_images
 from flowbench.evaluation.statistics import mean_ci95
+from flowbench.models.memory import Portion
 from flowbench.prompts import Prompt
 from flowbench.prompts.readers import Row, make_prompt, read_rows
 
@@ -94,19 +95,21 @@ def score_gallery(
 
     Raises RunError for a file that is no image, or images and prompts that the oracle cannot read.
     """
+    portion, passes = Portion("scoring", batch), max(1, len(judges.rewards) + judges.oracle)
+    scored = 0
+
+    def tick(images: int) -> None:
+        nonlocal scored
+        before, scored = scored // passes, scored + images
+        progress(scored // passes - before)
+
     by_size: dict[tuple[int, int], list[int]] = {}
     for i, file in enumerate(gallery.files):
         by_size.setdefault(_size(file), []).append(i)
-    values: dict[str, np.ndarray] = {}
-    for indices in by_size.values():
-        for start in range(0, len(indices), batch):
-            part = indices[start : start + batch]
-            images = torch.stack([_pixels(gallery.files[i]) for i in part]).to(device)
-            with torch.no_grad():
-                scores = score_images(judges, images, tuple(gallery.prompts[i] for i in part))
-            for metric, score in scores.items():
-                values.setdefault(metric, np.zeros(len(gallery)))[part] = score.cpu().numpy()
-            progress(len(part))
+    order = [i for indices in by_size.values() for i in indices]
+    lots = [_lot(gallery, indices) for indices in by_size.values()]
+    scores = score_images(judges, lots, device, portion, tick)
+    values = {metric: score.double().numpy()[np.argsort(order)] for metric, score in scores.items()}
     prompts = list(dict.fromkeys(gallery.prompts))
     rows = [[i for i, p in enumerate(gallery.prompts) if p == prompt] for prompt in prompts]
     means = {metric: np.array([v[r].mean() for r in rows]) for metric, v in values.items()}
@@ -114,6 +117,14 @@ def score_gallery(
         metric: ImageScore(mean=float(m.mean()), ci95=mean_ci95(m), prompts=len(prompts), images=len(gallery))
         for metric, m in means.items()
     }
+
+
+def _lot(gallery: Gallery, indices: list[int]) -> Lot:
+    """Images of one size, read when they are scored."""
+    return Lot(
+        lambda rows: torch.stack([_pixels(gallery.files[i]) for i in indices[rows]]),
+        tuple(gallery.prompts[i] for i in indices),
+    )
 
 
 def _size(file: Path) -> tuple[int, int]:

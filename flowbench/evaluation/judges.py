@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -13,29 +13,59 @@ from flowbench.evaluation.protocol import Judges
 from flowbench.models.presets import ModelPreset
 from flowbench.prompts import PromptSplit
 from flowbench.prompts.needs import check_needs, unmet
-from flowbench.registry import rewards
+from flowbench.registry import algorithms, rewards
 from flowbench.reward import Reward
 from flowbench.scoring.combination import WeightedSum
+from flowbench.scoring.visitor import Visitor, movable
 from flowbench.scoring.workers.reward import make_reward
 from flowbench.terms import parse_reward, path_name, term_names
 
 logger = logging.getLogger("flowbench")
 
 
-def build_reward(name: str, preset: ModelPreset, device: torch.device, standardized: bool = False) -> Reward:
+CPU = torch.device("cpu")
+
+
+def build_reward(
+    name: str,
+    preset: ModelPreset,
+    device: torch.device,
+    standardized: bool = False,
+    *,
+    half: bool = False,
+    visiting: bool = False,
+) -> Reward:
     """The reward, or weighted sum of rewards, as the model's preset configures it, loaded.
 
-    Raises UsageError when the preset's arguments do not fit, RunError when weights are missing.
+    half: in float16, for a reward that states a tolerance; visiting: on the device only while it scores, for one that
+    can be moved. Raises UsageError when the preset's arguments do not fit, RunError when weights are missing.
     """
     terms = parse_reward(name)
     if standardized or len(terms) > 1 or terms[0].weight != 1.0:
-        return WeightedSum(terms, {t.name: build_reward(t.name, preset, device) for t in terms}, standardized)
+        parts = {t.name: build_reward(t.name, preset, device, half=half, visiting=visiting) for t in terms}
+        return WeightedSum(terms, parts, standardized)
     try:
         reward = make_reward(name, preset.rewards.get(name, {}))
     except TypeError as error:
         raise UsageError(f"reward '{name}' for model '{preset.name}': {error}") from error
-    reward.load(device)
+    if visiting and movable(reward):
+        return Visitor(lambda where: build_reward(name, preset, where, half=half), device)
+    halved = half and reward.half_tolerance is not None
+    reward.load(CPU if halved else device)
+    if halved:
+        reward.halve()
+        reward.to(device)
     return reward
+
+
+def training_reward(config: RunConfig, preset: ModelPreset, device: torch.device, standardized: bool = False) -> Reward:
+    """The reward that a run trains on, where and as precise as its configuration says."""
+    training = config.training
+    trains_on_gradient = "reward_grad" in algorithms.describe(config.algorithm).needs
+    half = device.type == "cuda" and training.reward_precision == "auto" and not trains_on_gradient
+    return build_reward(
+        config.reward, preset, device, standardized, half=half, visiting=bool(training.offload) and device.type != "cpu"
+    )
 
 
 def build_judges(
@@ -50,15 +80,25 @@ def build_judges(
     Held out are the rewards of `evaluation.judges`, by default all that the model's preset configures and the oracle on
     the world of shapes, without those that the run trains on: neither by name nor, since a checkpoint can have two
     names, by the hash of their weights. A default judge that is not on this machine, or that needs more than the
-    prompts of the evaluated `splits` have, is left out with a warning, and never downloaded.
+    prompts of the evaluated `splits` have, is left out with a warning, and never downloaded. On a GPU a judge is loaded
+    once to see that it can be, and then only for scoring.
     Raises UsageError when `evaluation.judges` names a reward trained on, or one whose needs the prompts do not meet,
     RunError when weights of a judge that it names are missing.
     """
     trained = _trained_on(config, reward)
     known = {_weights_hash(r): name for name, r in trained.items()}
     chosen, held_out = config.evaluation.judges, dict[str, Reward]()
+    half = device.type == "cuda" and config.evaluation.judge_precision == "auto"
+
+    def seated(name: str) -> Reward:
+        if device.type == "cpu":
+            return build_reward(name, preset, device)
+        visitor = Visitor(lambda where: build_reward(name, preset, where, half=half), device)
+        visitor.leave()
+        return visitor
+
     for name in usable(_candidates(config, preset), config.prompt_set(preset), splits, named=chosen is not None):
-        judge = build_reward(name, preset, device) if chosen is not None else _if_here(name, preset, device)
+        judge = seated(name) if chosen is not None else _if_here(name, preset, seated)
         if judge is None:
             continue
         twin = known.get(_weights_hash(judge)) if _weights_hash(judge) else None
@@ -90,12 +130,12 @@ def usable(names: Iterable[str], prompt_set: str, splits: Sequence[PromptSplit],
             yield name
 
 
-def _if_here(name: str, preset: ModelPreset, device: torch.device) -> Reward | None:
+def _if_here(name: str, preset: ModelPreset, seated: Callable[[str], Reward]) -> Reward | None:
     """A default judge, unless it is missing."""
     remedies = [w.missing() for w in make_reward(name, preset.rewards[name]).weights()]
     try:
         if not any(remedies):
-            return build_reward(name, preset, device)
+            return seated(name)
         reason = "its weights are not on this machine; " + next(filter(None, remedies))
     except RunError as error:
         reason = str(error)

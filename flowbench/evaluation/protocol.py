@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from flowbench.config import EvaluationConfig, hashable
+from flowbench.config import EvaluationConfig, hashable, undivided
 from flowbench.errors import RunError
 from flowbench.models.flow import interpolate, velocity_error
+from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
 from flowbench.models.presets import OWN_SPACING
 from flowbench.prompts import Prompt, PromptSplit, spread
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Conditioning
+from flowbench.scoring.visitor import Visitor
 from flowbench.seeding import generator_for
 from flowbench.terms import UNGUIDED
 from flowbench.testbeds.shapes.truth import truth
@@ -46,17 +49,23 @@ class SplitScores:
 class Judges:
     """What scores the images: reward models by name, and whether the testbed's oracle may be asked.
 
-    held_out: names of those that the run does not train on.
+    held_out: names of those that the run does not train on. On a GPU each is there only while it scores.
     """
 
     rewards: dict[str, Reward]
     oracle: bool
     held_out: tuple[str, ...] = ()
 
+    def dismiss(self) -> None:
+        """Free the memory of those that were here only to score; they come again when they are asked."""
+        for reward in self.rewards.values():
+            if isinstance(reward, Visitor):
+                reward.leave()
+
 
 def protocol_hash(config: EvaluationConfig, splits: list[PromptSplit], spacing: str = OWN_SPACING) -> str:
     """Ten hex digits over the protocol, its prompt files and the model's `sigma_spacing`."""
-    content: dict[str, Any] = {"config": hashable(config), "splits": {s.name: s.sha256 for s in splits}}
+    content: dict[str, Any] = {"config": hashable(undivided(config)), "splits": {s.name: s.sha256 for s in splits}}
     if spacing != OWN_SPACING:  # all that there was, once
         content["sigma_spacing"] = spacing
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
@@ -77,20 +86,60 @@ def count_images(policy: Policy, splits: list[PromptSplit], config: EvaluationCo
     return prompts * config.images_per_prompt * len(guidance_scales(policy, config))
 
 
+MEGAPIXEL = 2**20
+
+
+def decode_batch(policy: Policy, config: EvaluationConfig) -> int:
+    """How many images an evaluation decodes at a time: at 512 x 512 pixels each costs about 0.4 GiB."""
+    if config.decode_batch is not None:
+        return min(config.decode_batch, config.batch)
+    height, width = np.broadcast_to(policy.preset.resolution, 2).tolist()
+    return max(1, min(config.batch, 2 * MEGAPIXEL // (height * width)))
+
+
+class Portions:
+    """How many images an evaluation samples, decodes and scores at a time; less once memory has run out."""
+
+    def __init__(self, policy: Policy, config: EvaluationConfig) -> None:
+        self.rollout = Portion("sampling in the evaluation", config.batch)
+        self.decode = Portion("decoding in the evaluation", decode_batch(policy, config))
+        self.score = Portion("scoring in the evaluation", config.batch)
+        self._planned = self._sizes()
+
+    @property
+    def undivided(self) -> bool:
+        """Whether memory has never run out, so that the last bits are those of the configuration."""
+        return self._sizes() == self._planned
+
+    def _sizes(self) -> tuple[int | None, ...]:
+        return self.rollout.size, self.decode.size, self.score.size
+
+
 def score_split(
-    policy: Policy, weights: str, split: PromptSplit, judges: Judges, config: EvaluationConfig, progress: Progress
+    policy: Policy,
+    weights: str,
+    split: PromptSplit,
+    judges: Judges,
+    config: EvaluationConfig,
+    progress: Progress,
+    portions: Portions | None = None,
 ) -> SplitScores:
     """Generate and score `config.images_per_prompt` images for each prompt of a split, with one weight view.
 
-    Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance.
+    Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance. All images are
+    generated first, into the host's memory, and then scored by one judge after the other. The processes that share the
+    policy's work have some of the prompts each, and all of them the scores of all.
     """
-    scales = guidance_scales(policy, config)
-    parts = {ending: _score(policy, weights, split, judges, config, s, progress) for ending, s in scales.items()}
+    scales, portions = guidance_scales(policy, config), portions or Portions(policy, config)
+    parts = {
+        ending: _shared(policy, weights, split, judges, config, scale, progress, portions)
+        for ending, scale in scales.items()
+    }
     scores = {f"{metric}{ending}": v for ending, part in parts.items() for metric, v in part.scores.items()}
     return replace(parts[""], scores=scores)
 
 
-def _score(
+def _shared(
     policy: Policy,
     weights: str,
     split: PromptSplit,
@@ -98,40 +147,94 @@ def _score(
     config: EvaluationConfig,
     scale: float,
     progress: Progress,
+    portions: Portions,
 ) -> SplitScores:
-    prompts, n = spread(split, config.prompts), config.images_per_prompt
-    rows = [(p, k) for p in range(len(prompts)) for k in range(n)]
-    collected: dict[str, list[torch.Tensor]] = {}
-    latents, grid, distances = [], [], []
-    for start in range(0, len(rows), config.batch):
-        part = rows[start : start + config.batch]
-        asked = tuple(prompts[p] for p, _ in part)
-        cond = policy.encode(asked)
-        noise = torch.cat([_noise(policy, config.seed, split.name, p, k) for p, k in part])
-        policy.generator = generator_for(config.seed, "evaluation", split.name, start)
-        samples = policy.rollout(cond, noise, num_steps=config.num_steps, guidance_scale=scale, weights=weights)
-        with torch.no_grad():
-            images = policy.decode(samples.x0)
-            scores = score_images(judges, images, asked)
-            # Of one image per prompt: all of them would take a fifth of an evaluation's time.
-            first = torch.tensor([k for k, (_, image) in enumerate(part) if image == 0], device=policy.device)
-            if weights != "reference" and len(first):
-                distances.append(
-                    _velocity_distance(policy, samples.x0[first], noise[first], cond.select(first), weights)
-                )
-        for name, values in scores.items():
-            collected.setdefault(name, []).append(values.float().cpu())
-        latents.append(samples.x0.cpu())
-        grid += [
-            image.cpu() for image, (p, k) in zip(images, part, strict=True) if p < GRID_PROMPTS and k < GRID_IMAGES
-        ]
-        progress(len(part))
-    per_prompt = {m: torch.cat(v).reshape(len(prompts), n).mean(1).numpy() for m, v in collected.items()}
-    per_prompt["w2"] = torch.cat(distances).cpu().numpy() if distances else np.zeros(len(prompts), dtype=np.float32)
-    per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(prompts), n, -1)).numpy()
-    shown = min(n, GRID_IMAGES)
-    picture = torch.stack(grid)
-    return SplitScores(prompts, per_prompt, picture.reshape(-1, shown, *picture.shape[1:]))
+    """The scores of all prompts at one scale, from those that this process generates and those of the others."""
+    prompts, processes = spread(split, config.prompts), policy.processes
+    own, part = processes.share(len(prompts)), None
+    if own:
+        part = _score(policy, weights, split.name, (prompts, own), judges, config, scale, progress, portions)
+    told = [other for other in processes.objects(part, f"scores of {split.name}") if other is not None]
+    if len(told) == 1:
+        return told[0]
+    progress((len(prompts) - len(own)) * config.images_per_prompt)
+    scores = {metric: np.concatenate([other.scores[metric] for other in told]) for metric in told[0].scores}
+    return SplitScores(prompts, scores, torch.cat([other.grid for other in told if len(other.grid)]))
+
+
+def _score(
+    policy: Policy,
+    weights: str,
+    split: str,
+    asked_for: tuple[tuple[Prompt, ...], range],
+    judges: Judges,
+    config: EvaluationConfig,
+    scale: float,
+    progress: Progress,
+    portions: Portions,
+) -> SplitScores:
+    """The scores at one scale of some of a split's prompts, given as all of them and which ones."""
+    (prompts, own), n = asked_for, config.images_per_prompt
+    rows = [(p, k) for p in own for k in range(n)]
+    latents: list[torch.Tensor] = []
+    distances: list[torch.Tensor] = []
+    images: torch.Tensor | None = None
+
+    def draw(where: slice) -> _Drawn:
+        return _draw(policy, weights, split, prompts, rows[where], where.start, config, scale, portions)
+
+    for drawn in portions.rollout.map(draw, len(rows)):
+        begin = sum(map(len, latents))
+        if images is None:
+            images = torch.empty((len(rows), *drawn.images.shape[1:]))
+        images[begin : begin + len(drawn.images)] = drawn.images
+        latents.append(drawn.latents)
+        distances.append(drawn.distances)
+        progress(len(drawn.images))
+    assert images is not None
+    lot = Lot(images.__getitem__, tuple(prompts[p] for p, _ in rows))
+    collected = score_images(judges, [lot], policy.device, portions.score)
+    per_prompt = {m: v.reshape(len(own), n).mean(1).numpy() for m, v in collected.items()}
+    per_prompt["w2"] = torch.cat(distances).numpy()
+    per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(own), n, -1)).numpy()
+    shown = max(0, GRID_PROMPTS - own.start)
+    grid = images.reshape(len(own), n, *images.shape[1:])[:shown, :GRID_IMAGES].clone()
+    return SplitScores(prompts[own.start : own.stop], per_prompt, grid)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Some images (B, 3, H, W), their latents, and the w2 (P,) of the prompts whose first image is among them."""
+
+    images: torch.Tensor
+    latents: torch.Tensor
+    distances: torch.Tensor
+
+
+@torch.no_grad()
+def _draw(
+    policy: Policy,
+    weights: str,
+    split: str,
+    prompts: Sequence[Prompt],
+    rows: list[tuple[int, int]],
+    start: int,
+    config: EvaluationConfig,
+    scale: float,
+    portions: Portions,
+) -> _Drawn:
+    """The images of these rows (prompt, image), which begin at `start`, on the host."""
+    cond = policy.encode([prompts[p] for p, _ in rows])
+    noise = torch.cat([_noise(policy, config.seed, split, p, k) for p, k in rows])
+    policy.generator = generator_for(config.seed, "evaluation", split, start)
+    x0 = policy.rollout(cond, noise, num_steps=config.num_steps, guidance_scale=scale, weights=weights).x0
+    # Of one image per prompt: all of them would take a fifth of an evaluation's time.
+    first = torch.tensor([k for k, (_, image) in enumerate(rows) if image == 0], device=policy.device)
+    distances = torch.zeros(len(first))
+    if weights != "reference" and len(first):
+        distances = _velocity_distance(policy, x0[first], noise[first], cond.select(first), weights).cpu()
+    parts = portions.decode.map(lambda part: policy.decode(x0[part]).cpu(), len(x0))
+    return _Drawn(torch.cat(list(parts)), x0.cpu(), distances)
 
 
 def within_prompt_diversity(latents: torch.Tensor) -> torch.Tensor:
@@ -150,18 +253,66 @@ def _noise(policy: Policy, seed: int, split: str, prompt: int, image: int) -> to
     return policy.draw_noise(1)
 
 
-def score_images(judges: Judges, images: torch.Tensor, prompts: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Scores (B,) by metric of images (B, 3, H, W) in [0, 1] and their prompts.
+@dataclass(frozen=True)
+class Lot:
+    """Images of one size, given by their place, on any device (B, 3, H, W) in [0, 1], and their prompts."""
 
-    Raises RunError, naming the judge, for a bad score, and for images or prompts that the oracle cannot read.
+    images: Callable[[slice], torch.Tensor]
+    prompts: tuple[Prompt, ...]
+
+
+@torch.no_grad()
+def score_images(
+    judges: Judges,
+    lots: Sequence[Lot],
+    device: torch.device,
+    portion: Portion,
+    progress: Progress = lambda images: None,
+) -> dict[str, torch.Tensor]:
+    """Scores by metric, on the host, of all images in turn; each judge sees all of them before the next one comes.
+
+    progress is told of each image once per judge. Raises RunError, naming the judge, for a bad score, and for images
+    or prompts that the oracle cannot read.
     """
-    scores = {name: checked_score(reward, images, prompts) for name, reward in judges.rewards.items()}
+    scores: dict[str, torch.Tensor] = {}
+    for name, reward in judges.rewards.items():
+        try:
+            scores |= _judged(partial(_named_score, name, reward), lots, device, portion, progress)
+        finally:
+            reward.rest()
     if judges.oracle:
         try:
-            scores |= truth(images, prompts)
+            scores |= _judged(truth, lots, device, portion, progress)
         except RunError as error:
             raise RunError(f"{error}; name other judges with evaluation.judges") from error
     return scores
+
+
+def _named_score(
+    name: str, reward: Reward, images: torch.Tensor, prompts: tuple[Prompt, ...]
+) -> dict[str, torch.Tensor]:
+    return {name: checked_score(reward, images, prompts)}
+
+
+def _judged(
+    judge: Callable[[torch.Tensor, tuple[Prompt, ...]], dict[str, torch.Tensor]],
+    lots: Sequence[Lot],
+    device: torch.device,
+    portion: Portion,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """What one judge says of all images, by metric."""
+    parts: dict[str, list[torch.Tensor]] = {}
+
+    def score(lot: Lot, rows: slice) -> dict[str, torch.Tensor]:
+        return judge(lot.images(rows).to(device), lot.prompts[rows])
+
+    for lot in lots:
+        for found in portion.map(partial(score, lot), len(lot.prompts)):
+            for name, values in found.items():
+                parts.setdefault(name, []).append(values.float().cpu())
+            progress(len(next(iter(found.values()))))
+    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _velocity_distance(

@@ -19,6 +19,7 @@ from flowbench.record import Record, read_metrics
 from flowbench.registry import algorithms
 from flowbench.reporting.leaderboard import Cell, markdown_table, over_seeds
 from flowbench.reporting.plots import TRUTH, Curve
+from flowbench.settings import full_names
 from flowbench.terms import parse_reward, path_name
 from flowbench.training.checkpoint import METRICS
 
@@ -30,7 +31,7 @@ EXPLAINED = "explained_variance"
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting of the algorithm: its jobs, one per seed. repeats: its settings are those of the default anyway."""
+    """One choice of settings: its jobs, one per seed. repeats: its settings are those of the default anyway."""
 
     name: str
     jobs: tuple[Job, ...]
@@ -48,7 +49,7 @@ def plan(algorithm: str, overrides: dict[str, Any], seeds: int, split: str, **ru
     settings = {DEFAULT: overrides}
     for changed in declared:
         name = ", ".join(f"{key}={spell(value)}" for key, value in changed.items())
-        settings[name] = {**overrides, **{f"algorithm.{key}": value for key, value in changed.items()}}
+        settings[name] = {**overrides, **full_names(changed)}
     made = {
         name: tuple(
             make_job(f"{name}, seed {seed}", algorithm, overrides=values, seed=seed, **run) for seed in range(seeds)

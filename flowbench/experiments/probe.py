@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from flowbench.caches import home
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.directions import Worth, worth
@@ -22,7 +23,6 @@ from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.record import code_commit, write_atomically
-from flowbench.scoring.workers.environment import home
 from flowbench.terms import combined_info, parse_reward
 from flowbench.training.trainer import Trainer
 
@@ -168,7 +168,7 @@ def probe(
 def _probe_one(config: RunConfig, plan: ProbePlan, weights: dict[str, Any] | None, listener: ProbeListener) -> Probed:
     preset, device = load_preset(config.model), pick_device(config.device)
     prompts = load_split(config.prompt_set(preset), "train")
-    policy = build_policy(config, preset, device)
+    policy = build_policy(config, preset, device, [prompts.prompts, [""]])
     if weights is not None:
         policy.load_state_dict(weights)
     policy.encode(prompts.prompts)

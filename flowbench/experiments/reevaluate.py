@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import BaseModel
@@ -16,13 +16,13 @@ from flowbench.config import EvaluationConfig, RunConfig, evaluation_config, loa
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
-from flowbench.evaluation.judges import build_judges, build_reward, reads_oracle, usable
+from flowbench.evaluation.judges import build_judges, reads_oracle, training_reward, usable
+from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
 from flowbench.evaluation.protocol import count_images, score_split
 from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.inputs import kept_split
-from flowbench.experiments.run import CONFIG, RECORD, Pair, compare, evaluate_pairs, load_tuned
+from flowbench.experiments.run import CONFIG, RECORD, base_policy, load_tuned
 from flowbench.models.devices import pick_device
-from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
@@ -114,8 +114,8 @@ def _evaluate_run(
         # What is a judge by default may have changed since.
         judged = {"judges": _judges_of(folder, prompt_set, splits)}
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=judged)})
-    policy, _ = load_tuned(folder, device)
-    reward = build_reward(config.reward, preset, device)
+    policy, _ = load_tuned(folder, device, evaluated_texts(splits, config.evaluation))
+    reward = training_reward(config, preset, device)
     judges = build_judges(config, reward, preset, device, splits)
     scores = compare(evaluate_pairs(policy, splits, judges, config.evaluation, progress))
     if study := exact_study(policy, reward, config):
@@ -154,7 +154,7 @@ def _flat(protocol: EvaluationConfig) -> dict[str, Any]:
 
 def _evaluate_weights(
     path: Path,
-    load: Callable[[Path, ModelPreset, torch.device], tuple[Policy, Policy]],
+    load: Loader,
     preset: ModelPreset,
     config: RunConfig,
     splits: list[PromptSplit],
@@ -162,8 +162,9 @@ def _evaluate_weights(
     progress: Progress,
 ) -> Evaluation:
     """The preset's base model against other weights, on the same prompts and noise."""
-    base, tuned = load(path, preset, device)
     protocol = config.evaluation
+    texts = evaluated_texts(splits, protocol)
+    base, tuned = load(path, preset, lambda wanted: base_policy(wanted, device, texts))
     judges = build_judges(config, None, preset, device, splits)
     if base is tuned:
         pairs = evaluate_pairs(tuned, splits, judges, protocol, progress)
@@ -175,7 +176,7 @@ def _evaluate_weights(
             for scores in pair:  # two pipelines need not share the latents in which velocities could be compared
                 for metric in [m for m in scores.scores if plain_metric(m) == "w2"]:
                     del scores.scores[metric]
-            pairs[split.name] = Pair(*pair)
+            pairs[split.name] = Pair(pair[0], pair[1])
     return Evaluation(f"{path.name} against {preset.name}", compare(pairs), held_out=judges.held_out)
 
 
@@ -208,8 +209,11 @@ def _no_run(preset: ModelPreset, protocol: EvaluationConfig) -> RunConfig:
 
 # --- weights of other origin --------------------------------------------------------------------------------------
 
+Make: TypeAlias = Callable[[ModelPreset], Policy]
+Loader: TypeAlias = Callable[[Path, ModelPreset, Make], tuple[Policy, Policy]]
 
-def _loader(path: Path) -> Callable[[Path, ModelPreset, torch.device], tuple[Policy, Policy]] | None:
+
+def _loader(path: Path) -> Loader | None:
     if (path.is_file() and path.suffix == ".safetensors") or (path / LORA).is_file():
         return _load_lora
     if (path / "model_index.json").is_file():
@@ -219,12 +223,12 @@ def _loader(path: Path) -> Callable[[Path, ModelPreset, torch.device], tuple[Pol
     return None
 
 
-def _load_lora(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
+def _load_lora(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Policy]:
     """A policy whose current weights are the base with the LoRA, and whose reference is the base."""
     from safetensors import SafetensorError, safe_open
 
     file = path if path.is_file() else path / LORA
-    policy = Policy(load_pipeline(preset, device), preset, device=device)
+    policy = make(preset)
     try:
         with safe_open(str(file), framework="pt") as content:
             foreign = [key for key in content.keys() if key.startswith("text_encoder")]  # noqa: SIM118
@@ -240,10 +244,10 @@ def _load_lora(path: Path, preset: ModelPreset, device: torch.device) -> tuple[P
     return policy, policy
 
 
-def _load_transformer(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
+def _load_transformer(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Policy]:
     """A policy whose current weights are the folder's transformer, and whose reference is the base."""
     folder = path if (path / "config.json").is_file() else path / "transformer"
-    policy = Policy(load_pipeline(preset, device), preset, device=device)
+    policy = make(preset)
     try:
         kind = type(policy.transformer)
         other = kind.from_pretrained(folder, torch_dtype=policy.model_dtype, use_safetensors=True)
@@ -253,12 +257,10 @@ def _load_transformer(path: Path, preset: ModelPreset, device: torch.device) -> 
     return policy, policy
 
 
-def _load_pipelines(path: Path, preset: ModelPreset, device: torch.device) -> tuple[Policy, Policy]:
+def _load_pipelines(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Policy]:
     """Two policies: the base, and the folder as a whole, whose text encoders and VAE may differ too."""
     other = preset.model_copy(update={"source": str(path.resolve()), "revision": None})
-    return Policy(load_pipeline(preset, device), preset, device=device), Policy(
-        load_pipeline(other, device), other, device=device
-    )
+    return make(preset), make(other)
 
 
 def _brief(error: Exception) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import json
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,20 @@ import torch
 import yaml
 
 from flowbench.algorithm import Algorithm
-from flowbench.config import EvaluationConfig, RunConfig, load_run_config
+from flowbench.config import RunConfig, load_run_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
-from flowbench.evaluation.judges import build_judges, build_reward
-from flowbench.evaluation.protocol import (
-    Judges,
-    SplitScores,
-    by_category,
-    count_images,
-    guidance_scales,
-    protocol_hash,
-    score_split,
-)
-from flowbench.evaluation.statistics import mean_ci95
+from flowbench.evaluation.judges import build_judges, training_reward
+from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
+from flowbench.evaluation.protocol import Judges, guidance_scales, protocol_hash
 from flowbench.experiments.inputs import keep_inputs
-from flowbench.models.devices import pick_device
+from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
 from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import ModelPreset, load_preset
-from flowbench.prompts import PromptSplit, load_split, spread
+from flowbench.models.processes import Processes, started
+from flowbench.prompts import PromptSplit, load_split
 from flowbench.record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
@@ -48,6 +40,7 @@ from flowbench.rollout import Rollout
 from flowbench.terms import path_name
 from flowbench.testbeds.shapes.truth import truth
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
+from flowbench.training.processes import check_division
 from flowbench.training.trainer import IterationLog, Trainer
 
 CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
@@ -71,13 +64,20 @@ def run_folder(output: Path, config: RunConfig) -> Path:
     return output / model / path_name(config.reward) / config.algorithm / f"{config.hash()}-s{config.seed}"
 
 
-def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -> Policy:
-    """The preset's model, ready to be tuned as the configuration says."""
+def build_policy(
+    config: RunConfig, preset: ModelPreset, device: torch.device, texts: Sequence[Sequence[str]] = ()
+) -> Policy:
+    """The preset's model, ready to be tuned as the configuration says.
+
+    texts: groups of all prompts that it will be asked for, to be encoded before the rest of it is loaded where
+    `encodes_ahead` says so; without them the text encoders are loaded with the rest.
+    """
     training = config.training
+    ahead = _encoded(preset, device, texts, training.encode_first)
     # LoRA's initial weights are random; they belong to the run's seed.
     torch.manual_seed(config.seed)
-    return Policy(
-        load_pipeline(preset, device),
+    policy = Policy(
+        load_pipeline(preset, device) if ahead is None else load_pipeline(preset, device, "rest"),
         preset,
         Tuning(training.tuning, training.lora_rank, training.lora_alpha),
         device,
@@ -89,6 +89,24 @@ def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -
         num_steps=training.num_steps,
         guidance_scale=training.guidance_scale,
     )
+    if ahead is not None:
+        policy.texts.take(ahead)
+    return policy
+
+
+def base_policy(preset: ModelPreset, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> Policy:
+    """The preset's model as it is; `texts` as in `build_policy`."""
+    ahead = _encoded(preset, device, texts)
+    policy = Policy(load_pipeline(preset, device, "all" if ahead is None else "rest"), preset, device=device)
+    if ahead is not None:
+        policy.texts.take(ahead)
+    return policy
+
+
+def _encoded(
+    preset: ModelPreset, device: torch.device, texts: Sequence[Sequence[str]], asked: bool | None = None
+) -> EncodedTexts | None:
+    return encode_ahead(preset, device, texts) if texts and encodes_ahead(preset, device, asked) else None
 
 
 def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
@@ -105,7 +123,7 @@ def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
 def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
     """Make the run folder and write its config.yaml.
 
-    Raises UsageError when it already holds a finished run, or an unfinished one without `resume`.
+    Raises UsageError when it already holds a finished run, an unfinished one without `resume`, or none with it.
     """
     if (folder / DONE).exists():
         raise UsageError(
@@ -113,6 +131,8 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         )
     if (folder / CHECKPOINT).exists() and not resume:
         raise UsageError(f"an unfinished run is in {folder}; add --resume to continue it, or delete the folder")
+    if resume and not (folder / CHECKPOINT).exists():
+        raise UsageError(f"nothing to resume in {folder}; check --output, --seed and the settings, or drop --resume")
     if not resume and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,35 +142,47 @@ def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
 def execute(config: RunConfig, folder: Path, command: str, resume: bool, listener: Listener = Listener()) -> Record:
     """Train and evaluate; the folder then holds everything that design.md promises.
 
+    In each of several processes that were started together, this is its share of the work: main writes, and listens.
     Raises RunError when something fails on the way, with all that was computed saved.
     """
-    preset, device = load_preset(config.model), pick_device(config.device)
+    with started(config.device) as processes:
+        return _execute(config, folder, command, resume, listener if processes.is_main else Listener(), processes)
+
+
+def _execute(
+    config: RunConfig, folder: Path, command: str, resume: bool, listener: Listener, processes: Processes
+) -> Record:
+    preset, device = load_preset(config.model), processes.device
+    check_division(processes, config.training)
     splits = [load_split(config.prompt_set(preset), name) for name in config.evaluation.splits]
     train_prompts = load_split(config.prompt_set(preset), "train")
-    prepare_folder(folder, config, resume)
-    keep_inputs(folder, preset, train_prompts, splits)
-    reward = build_reward(config.reward, preset, device, config.training.reward_scale == "standardized")
-    policy = build_policy(config, preset, device)
-    # Now, so that a missing or forbidden judge costs no training; a GPU's memory is then for training alone.
-    early = build_judges(config, reward, preset, torch.device("cpu"), splits)
-    judges = early if device.type == "cpu" else None
+    if processes.is_main:
+        prepare_folder(folder, config, resume)
+        keep_inputs(folder, preset, train_prompts, splits)
+    processes.wait()
+    reward = training_reward(config, preset, device, config.training.reward_scale == "standardized")
+    evaluated, *others = evaluated_texts(splits, config.evaluation)
+    policy = build_policy(config, preset, device, [evaluated, *others, train_prompts.prompts])
+    policy.processes = processes
+    # Now, so that a missing or forbidden judge costs no training.
+    judges = build_judges(config, reward, preset, device, splits)
     algorithm = build_algorithm(config, reward)
     trainer = Trainer(config, policy, algorithm, reward, train_prompts.prompts, folder, listener.on_iteration)
     study = exact_study(policy, reward, config, trainer.iterations)
     if study:
         trainer.probe = study.probe
-    if early.oracle and config.reward != "oracle":
+    if judges.oracle and config.reward != "oracle":
         trainer.observe = _truth_of_training
     if resume:
         trainer.resume()
     listener.on_start(trainer.iteration, trainer.iterations)
     if device.type != "cpu":  # now, because training moves the text encoders off the device
-        policy.encode([p for split in splits for p in spread(split, config.evaluation.prompts)])
+        policy.encode(evaluated)
     budget = trainer.run()
     trainer.updater.use_average()
-    save_tuned(policy, folder / "checkpoints" / "tuned", config)
+    if processes.is_main:
+        save_tuned(policy, folder / "checkpoints" / "tuned", config)
     evaluation_begun = time.perf_counter()
-    judges = judges or build_judges(config, reward, preset, device, splits)
     pairs = evaluate_pairs(policy, splits, judges, config.evaluation, listener.on_evaluation)
     scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
     spent = Spent(
@@ -163,13 +195,14 @@ def execute(config: RunConfig, folder: Path, command: str, resume: bool, listene
         peak_memory_mb=peak_memory_mb(device),
     )
     all_splits = [train_prompts, *splits]
-    record = make_record(config, reward, judges, spent, pairs, scores, splits, all_splits, command, device)
-    record.save(folder / RECORD)
-    draw(folder, pairs, config)
-    if study:
-        draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
-    (folder / DONE).touch()
-    listener.on_record(record, folder)
+    record = make_record(config, reward, judges, spent, pairs, scores, splits, all_splits, command, processes)
+    if processes.is_main:
+        record.save(folder / RECORD)
+        draw(folder, pairs, config)
+        if study:
+            draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
+        (folder / DONE).touch()
+        listener.on_record(record, folder)
     return record
 
 
@@ -190,53 +223,6 @@ def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
     write_atomically(folder / CALL, json.dumps(arguments, indent=1) + "\n")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Scores of the base and of the tuned model on one split."""
-
-    base: SplitScores
-    tuned: SplitScores
-
-
-def evaluate_pairs(
-    policy: Policy,
-    splits: list[PromptSplit],
-    judges: Judges,
-    protocol: EvaluationConfig,
-    progress: Callable[[int, int], None],
-) -> dict[str, Pair]:
-    """Score base and tuned model on each split, on the same prompts and noise."""
-    done, total = 0, 2 * count_images(policy, splits, protocol)
-
-    def tick(n: int) -> None:
-        nonlocal done
-        done += n
-        progress(done, total)
-
-    return {
-        split.name: Pair(*(score_split(policy, w, split, judges, protocol, tick) for w in ("reference", "current")))
-        for split in splits
-    }
-
-
-def compare(pairs: dict[str, Pair]) -> dict[str, Score]:
-    """Scores per metric and split, and for the oracle's also per category, with paired intervals over prompts."""
-    scores = {}
-    for split, pair in pairs.items():
-        for metric in pair.base.scores:
-            scores[f"{metric}/{split}"] = _score(pair.base.scores[metric], pair.tuned.scores[metric])
-            if metric.startswith("oracle"):
-                for (category, base), (_, tuned) in zip(
-                    by_category(pair.base, metric), by_category(pair.tuned, metric), strict=True
-                ):
-                    scores[f"{metric}/{split}/{category}"] = _score(base, tuned)
-    return scores
-
-
-def _score(base: Any, tuned: Any) -> Score:
-    return Score(base=float(base.mean()), tuned=float(tuned.mean()), diff_ci95=mean_ci95(tuned - base))
-
-
 def make_record(
     config: RunConfig,
     reward: Reward,
@@ -247,7 +233,7 @@ def make_record(
     splits: list[PromptSplit],
     all_splits: list[PromptSplit],
     command: str,
-    device: torch.device,
+    processes: Processes,
 ) -> Record:
     """Everything that the record must answer for."""
     return Record(
@@ -265,13 +251,14 @@ def make_record(
         prompts={split: [p.text for p in pair.base.prompts] for split, pair in pairs.items()},
         config=config.model_dump(mode="json"),
         config_hash=config.hash(),
-        protocol_hash=protocol_hash(config.evaluation, splits, load_preset(config.model).sigma_spacing),
+        protocol_hash=protocol_hash(config.undivided().evaluation, splits, load_preset(config.model).sigma_spacing),
         prompt_hashes={s.name: s.sha256 for s in all_splits},
         reward_provenance=reward.provenance(),
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},
+        base_cached=tuple(split for split, pair in pairs.items() if pair.cached),
         command=command,
         commit=code_commit(),
-        device=_device_name(device),
+        device=processes.hardware,
         versions=package_versions(),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -288,14 +275,14 @@ def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig) -> None:
     learning_curves(folder / "curves.png", read_metrics(folder / METRICS), title)
 
 
-def load_tuned(folder: Path, device: torch.device) -> tuple[Policy, RunConfig]:
-    """The policy of a finished run, with the base model as its "reference".
+def load_tuned(folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> tuple[Policy, RunConfig]:
+    """The policy of a finished run, with the base model as its "reference"; `texts` as in `build_policy`.
 
     Raises UsageError for a folder that holds no run, RunError when its weights are missing.
     """
     config, preset = run_config(folder)
     weights = tuned_weights(folder)
-    policy = build_policy(config, preset, device)
+    policy = build_policy(config, preset, device, texts)
     policy.load_state_dict(weights)
     return policy, config
 
@@ -332,14 +319,3 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
-
-
-def release_memory() -> None:
-    """Give unused memory back between two runs of one process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -32,7 +32,7 @@ def draw_images(policy: Policy, prompts: list[str], n: int, seed: int, weights: 
 
 def sample_side_by_side(folder: Path, prompt: str, n: int, seed: int, device: str, output: Path | None) -> Path:
     """Write a PNG with n images of the base model and n of the tuned one; returns its path."""
-    policy, _ = load_tuned(folder, pick_device(device))
+    policy, _ = load_tuned(folder, pick_device(device), [[prompt], [""]])
     columns = {
         name: draw_images(policy, [prompt], n, seed, w) for name, w in (("base", "reference"), ("tuned", "current"))
     }

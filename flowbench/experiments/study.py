@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import multiprocessing
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, RunInterruptedError
-from flowbench.experiments.run import DONE, RECORD, Listener, execute, release_memory, run_folder
+from flowbench.experiments.run import DONE, RECORD, Listener, execute, run_folder
+from flowbench.launch import check_alone
 from flowbench.record import Record, load_record
 from flowbench.registry import load_plugin_file
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
@@ -109,6 +113,7 @@ def run_jobs(
     A run that fails with RunError is an outcome and does not end the study. Raises RunInterruptedError on Ctrl-C, with
     everything saved: the same call continues.
     """
+    check_alone("a study of many runs")
     todo = [job for job in jobs if not job.done]
     finished = [Outcome(job, load_record(job.folder / RECORD)) for job in jobs if job.done]
     begun = len(finished)
@@ -134,6 +139,13 @@ def run_job(job: Job, listener: Listener = Listener()) -> Outcome:
         return Outcome(job, None, str(error))
     finally:
         release_memory()
+
+
+def release_memory() -> None:
+    """Give unused memory back between two runs of one process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _sequential(jobs: Sequence[Job], listener: StudyListener, done: int, total: int) -> Iterator[Outcome]:
@@ -167,8 +179,6 @@ def _result(future: Future[Outcome], job: Job) -> Outcome:
 
 
 def _begin_worker(plugins: Sequence[Path], threads: int) -> None:
-    import torch
-
     # A training run answers Ctrl-C by itself; an evaluation is finished first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from flowbench.errors import UsageError
 from flowbench.models.families import family_class
 from flowbench.models.flow import get_sampler
 from flowbench.models.presets import ModelPreset
+from flowbench.models.processes import ALONE
 from flowbench.models.sampling import Samples, Sampling
 from flowbench.models.texts import TextCache
 from flowbench.models.views import ANCHOR, EXTRA_VIEWS, VIEWS, Tuning, make_views
@@ -28,7 +29,7 @@ class Policy(Sampling):
     (slow average) exist for algorithms that ask for them, "anchor" where `training.anchor_decay` does. With LoRA a view
     is an adapter state of one module; with full tuning it is a frozen copy. `generator` supplies all randomness of
     `rollout` and of the draws; the trainer sets it. `num_steps` and `guidance_scale` are those of training; None means
-    the preset's.
+    the preset's. `processes` are those that share its work.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class Policy(Sampling):
         self.num_steps, self.guidance_scale = num_steps or preset.num_steps, guidance_scale
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
-        self.function_evaluations = 0
-        self._anchored = False
+        self.function_evaluations, self.processes = 0, ALONE
+        self._anchored, self.gradient_checkpointing = False, gradient_checkpointing
         for part in self.family.modules():
             part.requires_grad_(False).eval().to(device)
         self.texts = TextCache(self.family, device)
@@ -176,13 +177,13 @@ class Policy(Sampling):
         return self.views.has(name)
 
     @contextmanager
-    def anchored(self) -> Iterator[None]:
-        """Within it, velocities of "reference" are those of the view "anchor", if there is one: for losses."""
-        self._anchored = True
+    def anchored(self, on: bool = True) -> Iterator[None]:
+        """Within it "reference" is the view "anchor", if there is one: for losses. Not `on`: the base model again."""
+        before, self._anchored = self._anchored, on
         try:
             yield
         finally:
-            self._anchored = False
+            self._anchored = before
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer trains, in a fixed order."""
@@ -206,9 +207,9 @@ class Policy(Sampling):
         """The sampler's sigmas (num_steps + 1,), from 1 to 0, from the pipeline's own scheduler."""
         return self.family.sigmas(num_steps).to(self.device)
 
-    def draw_noise(self, n: int) -> torch.Tensor:
-        """Standard normal latents (n, C, h, w)."""
-        return self._randn((n, *self.latent_shape))
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
+        """Standard normal latents (n, C, h, w), on the policy's device or another."""
+        return self._randn((n, *self.latent_shape)).to(device or self.device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -233,13 +234,17 @@ class Policy(Sampling):
         return sigma.to(self.device)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1]; differentiable when gradients are on."""
-        return self.family.decode(latents)
+        """Images (B, 3, H, W) float32 in [0, 1] on the device; differentiable when gradients are on.
+
+        With gradient checkpointing each image is then decoded on its own, and again in the backward pass: the memory
+        that many images take is that of one.
+        """
+        return self.family.decode(latents.to(self.device), checkpoint=self.gradient_checkpointing)
 
     def draw_integers(self, high: int, n: int) -> torch.Tensor:
         """n uniform integers in [0, high)."""
         return torch.randint(high, (n,), generator=self.generator).to(self.device)
 
     def _randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        # Drawn on the CPU whatever the device, so that a seed means the same noise everywhere.
-        return torch.randn(shape, generator=self.generator).to(self.device)
+        # On the host whatever the device, so that a seed means the same noise everywhere.
+        return self.processes.randn(shape, self.generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -29,12 +29,35 @@ class Samples:
     std: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class StepNoise:
+    """What the steps of a rollout of B rows add, on the host; a row's own is the same however the rows are cut.
+
+    steps: per step (B, C, h, w), or None for a step of the ODE. Before `branch_step` it is (G, C, h, w), one for each
+    group of rows that have not parted yet, and member (B,) says which; without branches that is 0, and member None.
+    """
+
+    steps: tuple[torch.Tensor | None, ...]
+    branch_step: int = 0
+    member: torch.Tensor | None = None
+
+    def select(self, rows: slice) -> StepNoise:
+        """That of these rows; groups must be whole."""
+        if self.member is None:
+            return StepNoise(tuple(None if noise is None else noise[rows] for noise in self.steps))
+        groups, member = self.member[rows].unique(return_inverse=True)
+        own = (groups if k < self.branch_step else rows for k in range(len(self.steps)))
+        steps = tuple(None if noise is None else noise[i] for i, noise in zip(own, self.steps, strict=True))
+        return replace(self, steps=steps, member=member)
+
+
 class Sampling(ABC):
     """What can be sampled with, given a velocity. `Policy` says where the velocity comes from."""
 
     preset: ModelPreset
     sampler: Sampler
     eta: float
+    device: torch.device
 
     @abstractmethod
     def guided_velocity(
@@ -53,7 +76,33 @@ class Sampling(ABC):
         """The sampler's sigmas (num_steps + 1,), from 1 to 0."""
 
     @abstractmethod
-    def _randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor: ...
+    def _randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """Standard normal numbers, on the host."""
+
+    def draw_step_noise(
+        self,
+        shape: torch.Size,
+        sampler: Sampler,
+        num_steps: int | None = None,
+        window: range | None = None,
+        group: torch.Tensor | None = None,
+        branch_step: int | None = None,
+    ) -> StepNoise:
+        """What the steps of a rollout from noise of that shape (B, C, h, w) add, drawn step by step for all rows.
+
+        The arguments are those of `rollout`. Raises UsageError for branches that never part, or without groups.
+        """
+        steps = num_steps or self.preset.num_steps
+        member, before = None, shape
+        if branch_step is not None:
+            member, leaders = (part.cpu() for part in _branches(group, branch_step, sampler, steps))
+            before = torch.Size((len(leaders), *shape[1:]))
+        stochastic = [chosen(sampler, window, k).has_log_prob for k in range(steps)]
+        noise = tuple(
+            self._randn(before if k < (branch_step or 0) else shape) if draws else None
+            for k, draws in enumerate(stochastic)
+        )
+        return StepNoise(noise, branch_step or 0, member)
 
     @torch.no_grad()
     def rollout(
@@ -70,19 +119,23 @@ class Sampling(ABC):
         group: torch.Tensor | None = None,
         branch_step: int | None = None,
         keep_steps: bool = False,
+        step_noise: StepNoise | None = None,
     ) -> Samples:
-        """Sample from noise (B, C, h, w) to x0. A sampler with noise uses `generator`, and gives log_prob.
+        """Sample from noise (B, C, h, w) to x0. A sampler with noise gives log_prob.
 
         num_steps and guidance_scale None are the preset's. Steps outside `window`, if there is one, are ODE steps; they
         have no density, and their log_prob is infinite. With `branch_step` k, rows of the same number in group (B,)
         begin with the noise of the first of them, share the first k steps, which are computed once, and part in step k.
-        `keep_steps` keeps each step's mean and std.
+        `keep_steps` keeps each step's mean and std. step_noise: as `draw_step_noise` gives it; drawn if there is none.
 
         Raises UsageError for branches that never part, or without groups.
         """
         sigmas = self.sigmas(num_steps or self.preset.num_steps)
         scale = self.preset.guidance_scale if guidance_scale is None else guidance_scale
-        path, member = _Path(noise, keep_states, keep_steps), None
+        if step_noise is None:
+            step_noise = self.draw_step_noise(noise.shape, sampler, num_steps, window, group, branch_step)
+        noise, member = noise.to(self.device), None
+        path = _Path(noise, keep_states, keep_steps)
         if branch_step is not None:
             member, leaders = _branches(group, branch_step, sampler, len(sigmas) - 1)
             path, everyone, cond = _Path(noise[leaders], keep_states, keep_steps), cond, cond.select(leaders)
@@ -92,12 +145,12 @@ class Sampling(ABC):
                 cond = everyone
             x = path.x
             v = self.guided_velocity(x, sigma.expand(len(x)), cond, weights, scale)
-            chosen = sampler if window is None or k in window else SAMPLERS["ode"]
-            step = chosen.step(x, v, sigma, sigma_next, self.eta)
-            x = step.mean
-            if chosen.has_log_prob:
-                x = step.mean + step.std * self._randn(x.shape)
-                path.log_probs.append(chosen.log_prob(x, step))
+            taken = chosen(sampler, window, k)
+            step = taken.step(x, v, sigma, sigma_next, self.eta)
+            x, added = step.mean, step_noise.steps[k]
+            if added is not None:
+                x = step.mean + step.std * added.to(x.device)
+                path.log_probs.append(taken.log_prob(x, step))
             elif sampler.has_log_prob:
                 path.log_probs.append(torch.full((len(x),), torch.inf, device=x.device))
             path.move(x, step)
@@ -139,7 +192,7 @@ class Sampling(ABC):
         Row r stands at sigmas[step[r]] of sigmas (T + 1,); step is (R,) int64, or one number for all rows. A row is
         computed from its own step on. guidance_scale None is that of training.
         """
-        x = x.clone()
+        x = x.to(self.device, copy=True)
         at = torch.as_tensor(step, device=x.device).expand(len(x))
         for k in range(int(at.min()), len(sigmas) - 1):
             rows = (at <= k).nonzero()[:, 0]
@@ -183,6 +236,11 @@ class _Path:
         """What the rollout returns."""
         kept = (self.states, self.log_probs, self.means, self.stds)
         return Samples(self.x, sigmas, *(torch.stack(values, dim=1) if values else None for values in kept))
+
+
+def chosen(sampler: Sampler, window: range | None, k: int) -> Sampler:
+    """The sampler of step k: the ODE's outside the window, if there is one."""
+    return sampler if window is None or k in window else SAMPLERS["ode"]
 
 
 def _branches(

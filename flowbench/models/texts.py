@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
+from flowbench.models.encoding import ENCODED_AT_A_TIME, EncodedTexts, encode_ahead
 from flowbench.models.families.base import Family, NamedTensors
 from flowbench.rollout import Conditioning
 
-ENCODED_AT_A_TIME = 32
+logger = logging.getLogger("flowbench")
 
 
 class TextCache:
-    """The encodings of every text that was asked for, on the policy's device; padding is not kept."""
+    """The encodings of every text that was asked for; padding is not kept.
+
+    Beside a GPU they are kept in the host's memory, and only those asked for are copied: T5's tokens of a few hundred
+    prompts are about a gigabyte.
+    """
 
     def __init__(self, family: Family, device: torch.device) -> None:
         self.family, self.device = family, device
-        self.encoder_device = device
+        self.encoder_device, self.memory = device, torch.device("cpu") if device.type == "cuda" else device
+        self._ahead = False
         self._place: dict[str, int] = {}
         self._kept: list[NamedTensors] = []
         self._negative: NamedTensors | None = None
@@ -28,23 +35,22 @@ class TextCache:
         new = [p for p in dict.fromkeys(prompts) if p not in self._place]
         for start in range(0, len(new), ENCODED_AT_A_TIME):
             part = new[start : start + ENCODED_AT_A_TIME]
-            for text, encoded in zip(part, self.family.encode(part, self.encoder_device), strict=True):
-                self._place[text] = len(self._kept)
-                self._kept.append(self._moved(encoded))
+            for text, encoded in zip(part, self._encode(part), strict=True):
+                self._keep(text, encoded)
         ids = [self._place[p] for p in prompts]
         unique = list(dict.fromkeys(ids))
         where = {k: i for i, k in enumerate(unique)}
         index = torch.tensor([where[k] for k in ids], device=self.device)
-        return Conditioning(stack([self._kept[k] for k in unique]), index)
+        return Conditioning(_moved(stack([self._kept[k] for k in unique]), self.device), index)
 
     @torch.no_grad()
     def negative(self, n: int) -> Conditioning:
         """Conditioning of n rows with what classifier-free guidance leads away from."""
         if self._negative is None:
-            encoded = self.family.encode_negative(self.encoder_device)
+            encoded = None if self._ahead else self.family.encode_negative(self.encoder_device)
             if encoded is None:
                 return self.encode([""] * n)
-            self._negative = self._moved(encoded)
+            self._negative = _moved(encoded, self.device)
         return Conditioning(stack([self._negative]), torch.zeros(n, dtype=torch.int64, device=self.device))
 
     def release_encoders(self) -> None:
@@ -52,10 +58,34 @@ class TextCache:
         if self.family.classifier_free and self.family.text_encoders:
             self.negative(1)
         self.encoder_device = torch.device("cpu")
-        self.family.release_text_encoders()
+        self.family.place_text_encoders(self.encoder_device)
 
-    def _moved(self, encoded: NamedTensors) -> NamedTensors:
-        return {name: t.to(self.device) for name, t in encoded.items()}
+    def take(self, encoded: EncodedTexts) -> None:
+        """Keep what was encoded before the rest of the model was loaded; the model has no text encoders then.
+
+        They are loaded again, on the CPU, for a text that is not among them.
+        """
+        self._ahead = True
+        for text, tensors in encoded.texts.items():
+            if text not in self._place:
+                self._keep(text, tensors)
+        if encoded.negative is not None:
+            self._negative = _moved(encoded.negative, self.device)
+
+    def _encode(self, texts: list[str]) -> list[NamedTensors]:
+        if not self._ahead:
+            return self.family.encode(texts, self.encoder_device)
+        logger.warning("the text encoders are loaded again for a prompt that was not announced: %r", texts[0])
+        found = encode_ahead(self.family.preset, self.device, [texts], on=torch.device("cpu")).texts
+        return [found[text] for text in texts]
+
+    def _keep(self, text: str, encoded: NamedTensors) -> None:
+        self._place[text] = len(self._kept)
+        self._kept.append(_moved(encoded, self.memory))
+
+
+def _moved(encoded: NamedTensors, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: t.to(device) for name, t in encoded.items()}
 
 
 def stack(entries: Sequence[NamedTensors]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from flowbench.rollout import Rollout
+from flowbench.rollout import Rollout, means_within
 
 
 def group_advantages(rollout: Rollout, global_std: bool, bound: float) -> torch.Tensor:
@@ -17,13 +17,9 @@ def group_advantages(rollout: Rollout, global_std: bool, bound: float) -> torch.
     The deviation is that of all rewards of the iteration with `global_std`, else that of the prompt's images.
     Flow-GRPO's (yifan123/flow_grpo, commit ac4c86e8, flow_grpo/stat_tracking.py).
     """
-    r, group = rollout.reward.double(), rollout.group
-    count = torch.bincount(group)
-    sums = r.new_zeros(len(count))
-    centered = r - (sums.index_add(0, group, r) / count)[group]
-    std = (sums.index_add(0, group, centered.square()) / count).sqrt()[group]
-    if global_std:
-        std = r.std(correction=0)
+    r = rollout.reward.double()
+    centered = rollout.center(r)
+    std = r.std(correction=0) if global_std else means_within(centered.square(), rollout.group).sqrt()
     return (centered / (std + 1e-4)).clamp(-bound, bound).to(rollout.reward.dtype)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from flowbench.algorithm import RewardFunction
 from flowbench.models.policy import Policy
-from flowbench.rollout import Batch, Conditioning
+from flowbench.models.processes import ALONE, Processes
+from flowbench.rollout import Batch, Conditioning, centered_within
 from flowbench.toolkit.matching import state_of
 
 
@@ -66,8 +67,8 @@ class Critic:
         value = torch.zeros_like(rows.target) if judged is None else judged.detach().clone()
         return value.requires_grad_()
 
-    def learn(self) -> None:
-        """After an iteration: learn from the rows that were measured in it."""
+    def learn(self, processes: Processes = ALONE) -> None:
+        """After an iteration: learn from the rows that were measured in it, in all processes."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that was learned beside the network."""
@@ -186,11 +187,3 @@ def _ranges(sigma: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         rows = (sigma >= low) & (sigma < high)
         if rows.any():
             yield f"{low:.2f}", rows
-
-
-def centered_within(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """values (R,) or (R, F) minus the mean of the rows with the same number in group (R,)."""
-    own = group.unique(return_inverse=True)[1]
-    count = torch.bincount(own).to(values.dtype)
-    sums = values.new_zeros(len(count), *values.shape[1:]).index_add_(0, own, values)
-    return values - (sums / count.view(-1, *[1] * (values.ndim - 1)))[own]

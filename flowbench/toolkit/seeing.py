@@ -15,7 +15,9 @@ import torch
 from flowbench.algorithm import RewardFunction
 from flowbench.models.flow import predict_x0
 from flowbench.models.policy import Policy
-from flowbench.toolkit.critic import Critic, NetworkCritic, Sight, centered_within
+from flowbench.models.processes import ALONE, Processes
+from flowbench.rollout import centered_within
+from flowbench.toolkit.critic import Critic, NetworkCritic, Sight
 
 RANDOM_FEATURES = 1024  # 512: an eighth less explained; 2,048: no more
 SHARE_LINEAR = 0.3  # of the features' squared length: the summaries themselves; the rest are the random ones
@@ -40,7 +42,8 @@ class LeastSquaresCritic(Critic):
 
     def measure(self, policy: Policy, rows: Sight, score: RewardFunction) -> torch.Tensor:
         """w . phi (R,), 0 before anything was learned."""
-        v, hidden = policy.velocity_and_hidden(rows.x, rows.sigma, rows.cond, weights="reference")
+        with policy.anchored(False):  # a moving anchor's features would drift
+            v, hidden = policy.velocity_and_hidden(rows.x, rows.sigma, rows.cond, weights="reference")
         summary, text = summaries(rows.x, predict_x0(rows.x, v, rows.sigma), hidden), policy.text_summary(rows.cond)
         sigma, target = rows.sigma.to(summary), rows.target.to(summary)
         self._seen.append((summary, text.to(summary), sigma, target, rows.group))
@@ -52,12 +55,12 @@ class LeastSquaresCritic(Critic):
         """V, with the prompt's mean taken out if `center`."""
         return centered_within(measured, group) if self.center else measured
 
-    def learn(self) -> None:
+    def learn(self, processes: Processes = ALONE) -> None:
         """Solve for w again; the first rows also set the scale of the features."""
-        if not self._seen:
+        seen, self._seen = _gathered(self._seen, processes), []
+        if not seen:
             return
-        summary, text, sigma, target, group = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen = []
+        summary, text, sigma, target, group = seen
         if not self.learned:
             self._begin(summary, text, sigma)
         phi = self._features(summary, text, sigma)
@@ -97,6 +100,15 @@ class LeastSquaresCritic(Critic):
     def _standardized(self, name: str, values: torch.Tensor) -> torch.Tensor:
         mean, std = self.learned[f"{name}_mean"].to(values), self.learned[f"{name}_std"].to(values)
         return ((values - mean) / std).clamp(-BOUND, BOUND)
+
+
+def _gathered(seen: list[tuple[torch.Tensor, ...]], processes: Processes) -> list[torch.Tensor]:
+    """Each quantity of the rows that all processes saw, from those of this one; nothing if there were none."""
+    own = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+    told = [part for part in processes.objects([part[:0].cpu() for part in own], "seen") if part]  # one may have none
+    if not told:
+        return []
+    return [processes.gather(part) for part in own or [part.to(processes.device) for part in told[0]]]
 
 
 @functools.cache
@@ -145,12 +157,12 @@ class PreviewCritic(Critic):
         slope = product / square.clamp_min(1e-12)
         return slope[_bin(sigma)] * centered_within(measured, group)
 
-    def learn(self) -> None:
+    def learn(self, processes: Processes = ALONE) -> None:
         """Add the rows to the sums."""
-        if not self._seen:
+        seen, self._seen = _gathered(self._seen, processes), []
+        if not seen:
             return
-        preview, target, sigma, group = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-        self._seen = []
+        preview, target, sigma, group = seen
         preview, target = (centered_within(part.double(), group) for part in (preview, target))
         for sums, values in zip(self.sums, (preview * target, preview.square()), strict=True):
             sums.index_add_(0, _bin(sigma).cpu(), values.cpu())

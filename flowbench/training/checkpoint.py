@@ -17,7 +17,12 @@ METRICS = "metrics.jsonl"
 
 
 def save_checkpoint(trainer: Trainer) -> None:
-    """Write everything that resuming needs; the previous checkpoint stays until the new one is complete."""
+    """Write everything that resuming needs; the previous checkpoint stays until the new one is complete.
+
+    Nothing in it depends on the number of processes, and main alone writes it.
+    """
+    if not trainer.processes.is_main:
+        return
     updater, algorithm = trainer.updater, trainer.algorithm
     optimizers = [updater.optimizer.state_dict()]
     if updater.auxiliary_optimizer:
@@ -38,12 +43,16 @@ def save_checkpoint(trainer: Trainer) -> None:
 
 
 def restore_checkpoint(trainer: Trainer) -> bool:
-    """Continue from the folder's checkpoint, if it has one; log lines after it are dropped."""
+    """Continue from the folder's checkpoint, if it has one; log lines after it are dropped.
+
+    Every process reads it, so that machines need the folder in common.
+    """
     path = trainer.folder / CHECKPOINT
     if not path.is_file():
         return False
     _restore(trainer, load_state(path))
-    _cut_log(trainer.folder / METRICS, trainer.iteration)
+    if trainer.processes.is_main:
+        _cut_log(trainer.folder / METRICS, trainer.iteration)
     return True
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from flowbench.algorithm import Algorithm
 from flowbench.errors import RunError
+from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Compared
+from flowbench.stored import HOST, StoredRows
+from flowbench.training.processes import gathered_scalars
+
+UPDATE = "the update"  # in messages about memory
 
 
 @dataclass(frozen=True)
@@ -21,25 +27,27 @@ class Cut:
     whole_groups: bool = False
 
     def parts(self, batch: Batch, order: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        """The rows (on the batch's device) of each part in turn, in this order (default: as they are).
+        """The rows (K,) int64, on the host, of each part in turn, in this order (default: as they are).
 
         Rows of a group must stand next to each other; a group that is larger than `size` is a part of its own.
         Raises RunError for rows without groups, if groups must stay whole.
         """
         rows = torch.arange(len(batch)) if order is None else order
-        for part in rows.split(self.size) if not self.whole_groups else self._whole(batch, rows):
-            yield part.to(batch.x0.device)
+        yield from Portion("cutting", self.size, "rows").map(
+            lambda part: rows[part], len(rows), self.groups(batch, rows)
+        )
 
-    def _whole(self, batch: Batch, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    def groups(self, batch: Batch, rows: torch.Tensor) -> Sequence[int] | None:
+        """How many of these rows, one after the other, belong to each group that must stay whole; None if none must.
+
+        Raises RunError for rows without groups, if groups must stay whole.
+        """
+        if not self.whole_groups:
+            return None
         if batch.group is None:
             raise RunError("an algorithm with whole_groups must give its rows a group; make them with endpoints()")
-        group = batch.group.cpu()[rows]
-        ends = [*(1 + (group[1:] != group[:-1]).nonzero()[:, 0]).tolist(), len(rows)]
-        start = 0
-        for end, following in zip(ends, [*ends[1:], None], strict=True):
-            if following is None or following - start > self.size:
-                yield rows[start:end]
-                start = end
+        lengths: list[int] = batch.group.cpu()[rows].unique_consecutive(return_counts=True)[1].tolist()
+        return lengths
 
 
 def shuffled(batch: Batch, generator: torch.Generator) -> torch.Tensor:
@@ -60,22 +68,43 @@ def drawn(algorithm: Algorithm, policy: Policy, batch: Batch, shared: bool | Non
     """
     wanted, n = algorithm.draws(), len(batch)
     noise = sigma = None
-    if wanted.noises:
-        noise = policy.draw_noise(n * wanted.noises)
-        noise = noise.view(n, wanted.noises, *noise.shape[1:])
-    if wanted.sigma:
-        sigma = policy.draw_sigmas(n)
+    own = torch.arange(n)
     if (wanted.shared if shared is None or wanted.fixed else shared) and batch.group is not None:
-        own = batch.group.unique(return_inverse=True)[1]
-        noise, sigma = (None if values is None else values[own] for values in (noise, sigma))
+        own = batch.group.cpu().unique(return_inverse=True)[1]
+    if wanted.noises:
+        latents = policy.draw_noise(n * wanted.noises, HOST)
+        noise = StoredRows(latents.view(n, wanted.noises, *latents.shape[1:]), own, batch.x0.device)
+    if wanted.sigma:
+        sigma = policy.draw_sigmas(n)[own]
     return replace(batch, noise=noise, noise_sigma=sigma)
 
 
 @torch.no_grad()
-def compared(algorithm: Algorithm, policy: Policy, batch: Batch, cut: Cut) -> tuple[Batch, Compared]:
-    """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log."""
-    measured: list[Mapping[str, torch.Tensor]] = [{}]
-    if type(algorithm).measure is not Algorithm.measure:  # else no rows need be copied
-        measured = [algorithm.measure(policy, batch.select(rows)) for rows in cut.parts(batch)]
-    result = algorithm.compare({name: torch.cat([part[name] for part in measured]) for name in measured[0]})
+def compared(
+    algorithm: Algorithm,
+    policy: Policy,
+    batch: Batch,
+    cut: Cut,
+    portion: Portion | None = None,
+    own: torch.Tensor | None = None,
+) -> tuple[Batch, Compared]:
+    """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log.
+
+    portion: in place of the cut's size, where one is remembered; own: the rows that this process measures, the others'
+    being those of other processes; default: all.
+    """
+    scalars: Mapping[str, torch.Tensor] = {}
+    if type(algorithm).measure is not Algorithm.measure:  # else no rows need be fetched
+        rows = torch.arange(len(batch)) if own is None else own
+        portion = portion or Portion(UPDATE, cut.size, "rows")
+        measure = partial(_measured, algorithm, policy, batch, rows)
+        measured = [*portion.map(measure, len(rows), cut.groups(batch, rows))]
+        scalars = gathered_scalars(policy.processes, measured)
+    result = algorithm.compare(scalars)
     return replace(batch, scalars={**batch.scalars, **result.scalars}), result
+
+
+def _measured(
+    algorithm: Algorithm, policy: Policy, batch: Batch, rows: torch.Tensor, part: slice
+) -> Mapping[str, torch.Tensor]:
+    return algorithm.measure(policy, batch.select(rows[part]).fetched())

@@ -25,6 +25,7 @@ from flowbench.training.budget import Budget
 from flowbench.training.checkpoint import METRICS, restore_checkpoint, save_checkpoint
 from flowbench.training.collect import Collector
 from flowbench.training.interrupt import StopRequest
+from flowbench.training.processes import check_division, check_equal
 from flowbench.training.update import Updater
 
 
@@ -44,7 +45,8 @@ class Trainer:
     """Trains a policy with an algorithm on a reward until the budget of images is spent.
 
     Further metrics for the log may be set: `probe` of the policy after an iteration (from 1), `observe` of the images
-    of an iteration.
+    of an iteration. Of several processes (`policy.processes`) each has a trainer; main alone writes, probes and
+    observes, and `on_iteration` of each is called.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Trainer:
         on_iteration: Callable[[IterationLog], None] = lambda log: None,
     ) -> None:
         self.config, self.policy, self.algorithm, self.reward = config, policy, algorithm, reward
+        self.processes = policy.processes
+        check_division(self.processes, config.training)
         self.prompts, self.folder, self.on_iteration = prompts, folder, on_iteration
         self.probe: Callable[[int], dict[str, float]] = lambda iteration: {}
         self.observe: Callable[[Rollout], dict[str, float]] = lambda rollout: {}
@@ -82,7 +86,7 @@ class Trainer:
         with self.stop.listening():
             while self.iteration < self.iterations:
                 self._iterate()
-                if self.stop.made:
+                if self.processes.any(self.stop.made):
                     self.save()
                     raise RunInterruptedError(
                         f"interrupted after iteration {self.iteration} of {self.iterations}, all of it saved; "
@@ -92,27 +96,37 @@ class Trainer:
         return self.budget
 
     def _iterate(self) -> None:
-        begun = time.perf_counter()
-        rollout = self._collect()
+        begun, spent = time.perf_counter(), copy.deepcopy(self.budget)
+        rollout = self._collect(spent)
         batch = self.algorithm.prepare(rollout)
         with self.budget.timed("update", self.policy.device):
             metrics = self.updater.update(batch, self.iteration)
         self.algorithm.after_iteration(self.policy)
         self.iteration += 1
         with self.budget.timed("probe", self.policy.device):
-            metrics |= self.probe(self.iteration) | self.observe(rollout)
-        self.budget.images += len(rollout)
-        self.budget.function_evaluations = self.policy.function_evaluations
+            if self.processes.is_main:
+                metrics |= self.probe(self.iteration) | self.observe(rollout)
+        self._count(spent, len(rollout))
+        check_equal(self.processes, [*self.updater.parameters, *self.updater.auxiliary_parameters], self.iteration)
         seconds = time.perf_counter() - begun
         self.budget.seconds += seconds
         self._log(rollout, metrics, seconds)
 
-    def _collect(self) -> Rollout:
-        budget = copy.deepcopy(self.budget)
+    def _count(self, before: Budget, images: int) -> None:
+        """Set what all processes together have spent, from what it was before an iteration of so many images."""
+        calls = self.budget.reward_calls - before.reward_calls
+        evaluations = self.policy.function_evaluations - before.function_evaluations
+        calls, evaluations = self.processes.total((calls, evaluations))
+        self.budget.images += images
+        self.budget.reward_calls = before.reward_calls + calls
+        self.budget.function_evaluations = before.function_evaluations + evaluations
+        self.policy.function_evaluations = self.budget.function_evaluations
+
+    def _collect(self, before: Budget) -> Rollout:
         try:
             return self.collector.collect(self.iteration, self.budget)
         except RunError:
-            self.budget = budget  # the iteration begins anew when the run is resumed
+            self.budget = before  # the iteration begins anew when the run is resumed
             self.save()  # nothing was updated since the last iteration
             raise
 
@@ -125,8 +139,9 @@ class Trainer:
             metrics={**metrics, **self._part_means(rollout)},
             seconds=seconds,
         )
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(log)) + "\n")
+        if self.processes.is_main:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(log)) + "\n")
         if self.iteration % self.config.training.checkpoint_every == 0:
             self.save()
         self.on_iteration(log)

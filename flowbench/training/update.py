@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from flowbench.algorithm import Algorithm
 from flowbench.config import RunConfig
 from flowbench.errors import RunError
+from flowbench.models.memory import Portion
 from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.average import WeightAverage
-from flowbench.training.rows import Cut, compared, drawn, shuffled
+from flowbench.training.processes import joined_means, own_rows
+from flowbench.training.rows import UPDATE, Cut, compared, drawn, shuffled
 
 
 class Metrics:
@@ -65,6 +67,7 @@ class Updater:
         if training.anchor_decay is not None:
             policy.add_view(ANCHOR)
         self._iteration = 0
+        self.portion = Portion(UPDATE, training.microbatch, "rows")
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Pass over the rows of iteration `iteration` in random minibatches; returns the means of the metrics.
@@ -93,19 +96,52 @@ class Updater:
         """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
+        Of several processes each differentiates rows of its own, and all have the sum; no gradient may be there before.
         """
-        cut, metrics, updates_policy = Cut(microbatch or len(batch), self.algorithm.whole_groups), Metrics(), False
+        own = self._own(batch)
+        portion = self.portion if microbatch == self.config.training.microbatch else Portion(UPDATE, microbatch, "rows")
+        cut = Cut(portion.size or len(batch), self.algorithm.whole_groups)
         with self.policy.anchored():
-            batch, comparison = compared(self.algorithm, self.policy, batch, cut)
-            for rows in cut.parts(batch):
-                loss = self.algorithm.loss(self.policy, batch.select(rows))
-                (self._total(loss) * (len(rows) / len(batch))).backward()
-                updates_policy |= loss.policy is not None
-                for name, values in loss.metrics.items():
-                    metrics.add(name, values)
+            batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion, own)
+            metrics, updates_policy = self._accumulate(batch, own, portion, self.algorithm.loss)
+        parameters = [*self.parameters, *self.auxiliary_parameters]
+        told = self.policy.processes.add_gradients(parameters, (metrics.parts, updates_policy))
+        metrics.parts = joined_means([parts for parts, _ in told])
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
-        return metrics.means(), updates_policy
+        return metrics.means(), any(updates for _, updates in told)
+
+    def _accumulate(
+        self, batch: Batch, rows: torch.Tensor, portion: Portion, loss_of: Callable[[Policy, Batch], Loss | None]
+    ) -> tuple[Metrics, bool]:
+        """Add these rows' part of the gradient of a minibatch's mean loss, in microbatches.
+
+        Returns what they log, and whether one has a loss of the policy.
+
+        When memory runs out, what was added is taken back and all of it is done again in smaller microbatches: a
+        backward pass that fails half-way has already added to some gradients.
+        """
+        whole = self.algorithm.whole_groups
+        parameters = [*self.parameters, *self.auxiliary_parameters]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+
+        def undo() -> None:
+            for p, gradient in zip(parameters, before, strict=True):
+                p.grad = None if gradient is None else gradient.clone()
+
+        def work(size: int) -> tuple[Metrics, bool]:
+            metrics, updates_policy = Metrics(), False
+            for part in Cut(size, whole).parts(batch, rows):
+                loss = loss_of(self.policy, batch.select(part).fetched())
+                if loss is not None:
+                    (self._total(loss) * (len(part) / len(batch))).backward()
+                    updates_policy |= loss.policy is not None
+                    for name, values in loss.metrics.items():
+                        metrics.add(name, values)
+            return metrics, updates_policy
+
+        longest = max(Cut(1, whole).groups(batch, rows) or (1,))
+        return portion.whole(work, len(rows), longest, undo)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
@@ -127,6 +163,10 @@ class Updater:
         """The rows with the noise and sigmas that a step hands them."""
         return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
 
+    def _own(self, batch: Batch) -> torch.Tensor:
+        """The rows of a minibatch that are this process's."""
+        return own_rows(self.policy.processes, batch, self.algorithm.whole_groups)
+
     def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._clip(self.auxiliary_parameters)
         optimizer.step()
@@ -134,14 +174,17 @@ class Updater:
 
     def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
         """One more step of the algorithm's own networks, on fresh noise."""
-        batch, learns = self.drawn(batch), False
-        cut = Cut(self.config.training.microbatch or len(batch), self.algorithm.whole_groups)
-        for rows in cut.parts(batch):
-            loss = self.algorithm.auxiliary_loss(self.policy, batch.select(rows))
-            if loss is not None:
-                (self._total(Loss(None, loss)) * (len(rows) / len(batch))).backward()
-                learns = True
-        if learns:
+        learns = False
+
+        def loss_of(policy: Policy, rows: Batch) -> Loss | None:
+            nonlocal learns
+            loss = self.algorithm.auxiliary_loss(policy, rows)
+            learns |= loss is not None
+            return None if loss is None else Loss(None, loss)
+
+        batch = self.drawn(batch)
+        self._accumulate(batch, self._own(batch), self.portion, loss_of)
+        if any(self.policy.processes.add_gradients(self.auxiliary_parameters, learns)):
             self._auxiliary_step(optimizer)
 
     def _total(self, loss: Loss) -> torch.Tensor:

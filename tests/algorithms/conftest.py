@@ -39,7 +39,7 @@ class OneState:
         self.u, self.sigma, self.views = u, sigma, views
         self.updates: list[tuple[str, float]] = []
 
-    def draw_noise(self, n: int) -> torch.Tensor:
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
         return self.u.expand(n, *self.u.shape[1:])  # of images that are 0, so that u = eps
 
     def draw_sigmas(self, n: int) -> torch.Tensor:

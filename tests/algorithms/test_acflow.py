@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import minibatch_loss
+from small import minibatch_loss as loss_of
 
 from flowbench.algorithms.acflow import AcFlow
 from flowbench.config import RunConfig
@@ -23,13 +24,14 @@ from flowbench.toolkit.shaping import WEIGHTS
 from flowbench.training.rows import drawn
 from flowbench.training.trainer import Trainer
 
+minibatch_loss = functools.partial(loss_of, shared_noise=False)  # also where images are of one prompt
 PLAIN = {
     "algorithm.critic": "none",
     "algorithm.shaping": "none",
     "algorithm.clip": None,
     "algorithm.weight": "exp",
     "algorithm.center": False,
-    "algorithm.shared_noise": False,
+    "training.shared_noise": False,
     "algorithm.warmup": 0,
     "algorithm.states": "renoised",
     "algorithm.states_per_image": 1,
@@ -40,7 +42,6 @@ LINEAR: dict[str, Any] = {
     "clip": None,
     "weight": "linear",
     "center": True,
-    "shared_noise": False,
 }
 
 
@@ -100,7 +101,8 @@ def test_without_a_critic_it_equals_orw_cfm_w2_bit_for_bit(
 def test_without_a_critic_its_loss_equals_that_of_orw_cfm_w2_bit_for_bit(shared_policy: Policy, rollout: Rollout):
     from flowbench.algorithms.orw_cfm_w2 import OrwCfmW2
 
-    settings = {key.removeprefix("algorithm."): value for key, value in PLAIN.items()} | {"tau": 0.8, "alpha": 0.7}
+    own = {key.removeprefix("algorithm."): value for key, value in PLAIN.items() if key.startswith("algorithm.")}
+    settings = {**own, "tau": 0.8, "alpha": 0.7}
     ours, theirs = build(shared_policy, **settings), OrwCfmW2(OrwCfmW2.Config(tau=0.8, alpha=0.7, normalize="none"))
     theirs.setup(shared_policy)
     losses = []
@@ -211,7 +213,7 @@ class ConstantVelocity:
     def text_summary(self, cond: Conditioning) -> torch.Tensor:
         return torch.zeros(len(cond), 4)
 
-    def draw_noise(self, n: int) -> torch.Tensor:
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
         return self.u  # of images that are 0
 
     def draw_sigmas(self, n: int) -> torch.Tensor:
@@ -248,7 +250,6 @@ def test_its_minimiser_is_the_weighted_mean_of_target_and_reference_velocities()
             clip=None,
             weight="exp",
             center=False,
-            shared_noise=False,
             tau=tau,
             alpha=alpha,
         )
@@ -329,16 +330,14 @@ def test_measured_on_every_kth_row_the_w2_term_asks_the_reference_for_those_rows
 
 
 class TrailedVelocity(ConstantVelocity):
-    """The same with a moving average of the parameter, from where it stood when it was asked for."""
+    """The same, pulled to an anchor that is moved as `training.anchor_decay` moves it."""
 
-    def add_view(self, name: str) -> None:
-        self.view = {name: self.v.detach().clone()}
-
-    def update_view(self, name: str, decay: float) -> None:
-        self.view[name] = decay * self.view[name] + (1 - decay) * self.v.detach()
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = self.v.detach().clone()
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, cond: object, weights: str = "current") -> torch.Tensor:
-        return (self.v if weights == "current" else self.view[weights]).expand_as(x)
+        return {"current": self.v, "reference": self.anchor}[weights].expand_as(x)
 
 
 def test_an_anchor_that_trails_the_policy_bounds_its_speed_and_not_its_distance():
@@ -346,13 +345,13 @@ def test_an_anchor_that_trails_the_policy_bounds_its_speed_and_not_its_distance(
     reward = torch.tensor([0.1, 1.0, -0.4, 0.7], dtype=torch.float64)
     policy, alpha, decay = TrailedVelocity(), 0.6, 0.9
     step = ((reward - reward.mean()) * policy.u.flatten()).mean().item() / alpha
-    algorithm = AcFlow(AcFlow.Config(alpha=alpha, anchor_decay=decay, **LINEAR))
+    algorithm = AcFlow(AcFlow.Config(alpha=alpha, **LINEAR))
     algorithm.setup(policy)
     for n in range(1, 6):
         loss = minibatch_loss(algorithm, policy, algorithm.prepare(constant_rollout(reward))).policy.mean()
         (gradient,) = torch.autograd.grad(loss, policy.v)
         policy.v = (policy.v - gradient / (2 * alpha)).detach().requires_grad_()  # the minimum: curvature is 2 alpha
-        algorithm.after_iteration(policy)
+        policy.anchor = decay * policy.anchor + (1 - decay) * policy.v.detach()
         assert policy.v.item() == pytest.approx(step * (1 + (n - 1) * (1 - decay)))
 
 

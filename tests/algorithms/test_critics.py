@@ -19,11 +19,10 @@ from flowbench.algorithms.acflow import AcFlow
 from flowbench.config import RunConfig
 from flowbench.models.flow import interpolate, predict_x0
 from flowbench.models.policy import Policy
-from flowbench.rollout import Rollout
+from flowbench.rollout import Rollout, centered_within
 from flowbench.toolkit.critic import (
     Sight,
     StateCritic,
-    centered_within,
     errors_within_prompts,
     explained_by_sigma,
     sight,
@@ -410,10 +409,11 @@ def test_the_literal_configuration_of_the_page_runs_and_has_none_of_flowbenchs_o
 ):
     found = re.search(r"```yaml\n# literal\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found
-    settings: dict[str, Any] = {f"algorithm.{k}": v for k, v in yaml.safe_load(found[1])["algorithm"].items()}
-    config = AcFlow.Config.model_validate({k.removeprefix("algorithm."): v for k, v in settings.items()})
-    assert (config.center, config.shared_noise, config.control_variate) == (False, False, False)
-    assert (config.w2_every, config.anchor_decay) == (1, None)
+    page = yaml.safe_load(found[1])
+    settings = {f"{section}.{key}": value for section, values in page.items() for key, value in values.items()}
+    config = AcFlow.Config.model_validate(page["algorithm"])
+    assert (config.center, config.control_variate, config.w2_every) == (False, False, 1)
+    assert page["training"] == {"shared_noise": False, "anchor_decay": None}
     assert config.critic == "shaped"
     assert config.warmup > 0
     assert config.clip is not None

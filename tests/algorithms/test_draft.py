@@ -33,7 +33,7 @@ class Sine:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.square()
 
-    def draw_noise(self, n: int) -> torch.Tensor:
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
         return torch.randn(n, 1, 2, 2, generator=self.generator, dtype=torch.float64)
 
 

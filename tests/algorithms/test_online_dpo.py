@@ -21,7 +21,7 @@ class Shared:
     def __init__(self, eps: torch.Tensor, v: torch.Tensor, v_ref: torch.Tensor) -> None:
         self.eps, self.views = eps, {"current": v, "reference": v_ref}
 
-    def draw_noise(self, n: int) -> torch.Tensor:
+    def draw_noise(self, n: int, device: torch.device | None = None) -> torch.Tensor:
         return self.eps.expand(n, *self.eps.shape)
 
     def draw_sigmas(self, n: int) -> torch.Tensor:

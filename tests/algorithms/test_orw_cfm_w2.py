@@ -21,7 +21,7 @@ def test_its_loss_is_the_weighted_fit_plus_the_distance_to_the_reference():
     v, v_ref, u = torch.randn(3, 5, 2, 3, 3, generator=generator, dtype=torch.float64)
     reward = torch.randn(5, generator=generator, dtype=torch.float64)
     policy: Any = SimpleNamespace(
-        draw_noise=lambda n: u,  # of images that are 0
+        draw_noise=lambda n, device=None: u,  # of images that are 0
         draw_sigmas=lambda n: torch.full((n,), 0.5),
         velocity=lambda x, sigma, cond, weights="current": {"current": v, "reference": v_ref}[weights],
     )
@@ -46,7 +46,7 @@ def test_one_step_moves_a_gaussian_as_theory_says():
     # The tilted data is Gaussian, hence the minimiser is affine in x: v = a + b x.
     coefficients = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     policy: Any = SimpleNamespace(
-        draw_noise=lambda n: eps,
+        draw_noise=lambda n, device=None: eps,
         draw_sigmas=lambda n: torch.full((n,), sigma, dtype=torch.float64),
         velocity=lambda x, sigma, cond: coefficients[0] + coefficients[1] * x,
     )

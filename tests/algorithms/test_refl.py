@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowbench.algorithms.refl import Refl
-from flowbench.experiments.run import build_reward
+from flowbench.evaluation.judges import build_reward
 from flowbench.models.policy import Policy
 from flowbench.models.presets import ModelPreset
 from flowbench.reward import checked_score

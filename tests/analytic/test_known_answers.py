@@ -166,7 +166,7 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
         algorithm__states=states,
         algorithm__critic=critic,
         algorithm__shaping="none",
-        algorithm__shared_noise=False,
+        training__shared_noise=False,
     )
     trainer.algorithm.cfg = trainer.algorithm.cfg.model_copy(update={"warmup": 10_000})  # the policy stays
     trainer.run()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowbench.caches import home
 from flowbench.errors import RunError, UsageError
 from flowbench.registry import Plugin
-from flowbench.scoring.workers.environment import MARKER, Environment, State, _note, home
+from flowbench.scoring.workers.environment import MARKER, Environment, State, _note
 from flowbench.scoring.workers.management import install, overview, remove, remove_all
 
 

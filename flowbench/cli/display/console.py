@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-console = Console()
+from flowbench.launch import is_main
+
+console = Console(quiet=not is_main())  # of several processes one prints

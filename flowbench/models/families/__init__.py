@@ -11,7 +11,7 @@ from flowbench.errors import UsageError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from flowbench.models.families.base import Family
+    from flowbench.models.families.base import Family, Parts
     from flowbench.models.presets import ModelPreset
 
 
@@ -78,9 +78,11 @@ def served_pipelines() -> list[str]:
     return [pipeline for entry in FAMILIES.values() for pipeline in entry.pipelines]
 
 
-def load_pipeline(preset: ModelPreset, device: torch.device) -> Any:
+def load_pipeline(preset: ModelPreset, device: torch.device, parts: Parts = "all") -> Any:
     """The preset's pipeline from its folder or hub id, in the preset's `dtype`, or on a CPU in its `cpu_dtype`.
+
+    parts: "text" is the text encoders alone, "rest" everything but them.
 
     Raises UsageError for a pipeline of another family, RunError when its weights cannot be found or read.
     """
-    return family_class(preset.family).load(preset, device)
+    return family_class(preset.family).load(preset, device, parts)

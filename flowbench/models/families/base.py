@@ -6,11 +6,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 
 from flowbench.errors import RunError, UsageError
 from flowbench.models.families import family_entry, family_of
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from flowbench.models.presets import ModelPreset
 
 NamedTensors: TypeAlias = Mapping[str, torch.Tensor]
+Parts: TypeAlias = Literal["all", "text", "rest"]  # of a pipeline: text encoders, or all that is not one
 
 
 class Family(ABC):
@@ -44,8 +47,10 @@ class Family(ABC):
     # --- loading and saving ---------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, preset: ModelPreset, device: torch.device) -> Any:
-        """The preset's pipeline; parts of it that the preset leaves out are None.
+    def load(cls, preset: ModelPreset, device: torch.device, parts: Parts = "all") -> Any:
+        """The preset's pipeline, or the named parts of it; those that it or the preset leaves out are None.
+
+        Both "text" and "rest" have the tokenizers and the scheduler.
 
         Raises UsageError for a folder of another family, RunError when its weights cannot be found or read.
         """
@@ -57,7 +62,8 @@ class Family(ABC):
         source = preset.resolve_source()
         kind = getattr(diffusers, cls._pipeline_class(preset, source))
         dtype = getattr(torch, preset.cpu_dtype if device.type == "cpu" else preset.dtype)
-        absent = dict.fromkeys(cls.left_out(preset))
+        unwanted = {"all": (), "text": ("transformer", "vae"), "rest": cls.text_encoders}[parts]
+        absent = dict.fromkeys((*cls.left_out(preset), *unwanted))
         try:
             pipeline = kind.from_pretrained(
                 source, revision=preset.revision, dtype=dtype, use_safetensors=True, **absent
@@ -67,7 +73,8 @@ class Family(ABC):
             raise RunError(
                 f"model '{preset.name}' cannot be loaded from '{source}': {reason}; {preset.remedy}"
             ) from error
-        pipeline.vae.to(memory_format=torch.channels_last)  # decodes in three quarters of the time on a CPU
+        if pipeline.vae is not None:
+            pipeline.vae.to(memory_format=torch.channels_last)  # decodes in three quarters of the time on a CPU
         return pipeline
 
     @classmethod
@@ -118,12 +125,12 @@ class Family(ABC):
         """What classifier-free guidance leads away from; None is the empty prompt, encoded as any other."""
         return None
 
-    def release_text_encoders(self) -> None:
-        """Move the text encoders to the CPU."""
+    def place_text_encoders(self, device: torch.device) -> None:
+        """Move the text encoders to a device."""
         for name in self.text_encoders:
             encoder = getattr(self.pipeline, name, None)
             if encoder is not None:
-                encoder.to("cpu")
+                encoder.to(device)
 
     @property
     @abstractmethod
@@ -235,12 +242,17 @@ class Family(ABC):
             arguments["sigmas"] = even_sigmas(num_steps)
         return {**arguments, "guidance_scale": scale, "max_sequence_length": self.preset.max_sequence_length}
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] of latents (B, C, h, w); differentiable when gradients are on."""
+    def decode(self, latents: torch.Tensor, checkpoint: bool = False) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] of latents (B, C, h, w); differentiable when gradients are on.
+
+        checkpoint: where a gradient is needed, decode images one by one, each of them again in the backward pass.
+        """
         vae = self.pipeline.vae
         z = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(next(vae.parameters()).dtype)
-        if torch.is_grad_enabled() and z.requires_grad and z.is_cuda:
-            image = torch.utils.checkpoint.checkpoint(self._decode, z, use_reentrant=False)
+        if checkpoint and torch.is_grad_enabled() and z.requires_grad:
+            # One checkpoint around all of them saves nothing: the backward pass decodes them all again at once.
+            again = partial(torch.utils.checkpoint.checkpoint, self._decode, use_reentrant=False)
+            image = torch.cat([again(one) for one in z.split(1)])
         else:
             image = self._decode(z)
         return (image.float() / 2 + 0.5).clamp(0, 1).contiguous()  # as rewards expect, not as the VAE keeps it

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flowbench.models.families.base import Family, NamedTensors
+from flowbench.models.families.base import Family, NamedTensors, Parts
 from flowbench.models.families.plane_field import TEXT_WIDTH, VelocityField
 from flowbench.testbeds.plane.density import make_density
 
@@ -37,8 +37,8 @@ class Plane(Family):
     text_encoders = ()
 
     @classmethod
-    def load(cls, preset: ModelPreset, device: torch.device) -> PlanePipeline:
-        """The reference model that the preset describes.
+    def load(cls, preset: ModelPreset, device: torch.device, parts: Parts = "all") -> PlanePipeline:
+        """The reference model that the preset describes; it has no parts.
 
         Raises UsageError for a density that is unknown or ill described.
         """
@@ -80,7 +80,7 @@ class Plane(Family):
         """As in the base class; always evenly spaced, and not shifted."""
         return torch.linspace(1, 0, num_steps + 1)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, checkpoint: bool = False) -> torch.Tensor:
         """The points themselves (B, 2, 1, 1)."""
         return latents
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from flowbench.models.families.base import Family, NamedTensors, shift_for
+from flowbench.models.families.base import Family, NamedTensors, Parts, shift_for
 
 if TYPE_CHECKING:
     from flowbench.models.presets import ModelPreset
@@ -23,6 +24,19 @@ class StableDiffusion3(Family):
         *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     )
     text_encoders: ClassVar = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    @classmethod
+    def load(cls, preset: ModelPreset, device: torch.device, parts: Parts = "all") -> Any:
+        """As in the base class."""
+        pipeline = super().load(preset, device, parts)
+        if parts == "text" and not preset.has_t5:
+            from diffusers import SD3Transformer2DModel
+
+            # In place of T5's tokens the pipeline puts zeros, whose width it reads from the transformer.
+            source = preset.resolve_source()
+            config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=preset.revision)
+            vars(pipeline)["transformer"] = SimpleNamespace(config=SimpleNamespace(**config))
+        return pipeline
 
     @classmethod
     def left_out(cls, preset: ModelPreset) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ class BlipReward(nn.Module):
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
         ).last_hidden_state
-        return self.head(states[:, 0])
+        return self.head(states[:, 0].float())
 
 
 def load_blip_reward(reward: str, path: Path, module: BlipReward, tensors: Mapping[str, torch.Tensor]) -> None:

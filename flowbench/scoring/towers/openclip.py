@@ -32,6 +32,7 @@ class ClipTowers:
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model.eval().requires_grad_(False), tokenizer, device
+        self.dtype = torch.float32
         size = model.visual.image_size
         self.size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         self.mean = torch.tensor(model.visual.image_mean, device=device)[:, None, None]
@@ -39,15 +40,26 @@ class ClipTowers:
 
     def embed_images(self, x: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, D) of images (B, 3, *size) in [0, 1]."""
-        return self.model.encode_image((x - self.mean) / self.std, normalize=True)
+        embedding = self.model.encode_image(((x - self.mean) / self.std).to(self.dtype))
+        return torch.nn.functional.normalize(embedding.float(), dim=-1)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: tuple[str, ...]) -> torch.Tensor:
         """Embeddings (B, D) of prompts."""
         # All of a call, not those that are new: in such a batch the last bits would depend on what came before.
         unique = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        text = self.model.encode_text(self.tokenizer(list(unique)).to(self.device), normalize=True)
-        return text[[unique[p] for p in prompts]]
+        text = self.model.encode_text(self.tokenizer(list(unique)).to(self.device))
+        return torch.nn.functional.normalize(text.float(), dim=-1)[[unique[p] for p in prompts]]
+
+    def to(self, device: torch.device) -> None:
+        """Move both towers."""
+        self.model.to(device)
+        self.device, self.mean, self.std = device, self.mean.to(device), self.std.to(device)
+
+    def halve(self) -> None:
+        """Compute both embeddings in float16; their length is still made 1 in float32."""
+        self.model.half()
+        self.dtype = torch.float16
 
 
 def _hub_id(name: str, tag: str | None) -> str:

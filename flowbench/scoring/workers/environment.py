@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
+from flowbench.caches import home
 from flowbench.errors import RunError
 
 MARKER, LOG, LINK = "flowbench.json", "install.log", "flowbench_main.pth"
@@ -36,12 +36,6 @@ class State(StrEnum):
     ABSENT = "not installed"
     INCOMPLETE = "incomplete"
     READY = "installed"
-
-
-def home() -> Path:
-    """FLOWBENCH_HOME, else flowbench's folder in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FLOWBENCH_HOME") or cache / "flowbench").expanduser()
 
 
 def site_folders() -> list[str]:

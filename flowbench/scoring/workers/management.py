@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowbench.caches import home
 from flowbench.errors import UsageError
 from flowbench.registry import RewardInfo, rewards
-from flowbench.scoring.workers.environment import Environment, State, home
+from flowbench.scoring.workers.environment import Environment, State
 
 Progress = Callable[[str, str], None]  # reward, what happens
 
