@@ -1,11 +1,13 @@
 """SD3's real component types at reduced width: the same classes load, sample, tune and save them."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -13,24 +15,30 @@ import torch
 import yaml
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from tiny_pipelines import SIDE, sd3
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flowbench.config import EvaluationConfig
+from flowbench.config import EvaluationConfig, resolve_config
 from flowbench.errors import RunError
+from flowbench.evaluation.judges import build_reward
 from flowbench.evaluation.protocol import Judges, count_images, score_split
+from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import load_pipeline
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
+from flowbench.registry import algorithms
 from flowbench.reward import Reward
 from flowbench.rewards.clip import Clip
+from flowbench.training.trainer import IterationLog, Trainer
 
 HUB_ID = "stabilityai/stable-diffusion-3-medium-diffusers"
 PROMPTS = ["a photo of a red bench", "a photo of two cats"]
@@ -80,17 +88,27 @@ def clip_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def preset_file(tmp_path: Path, mirror: Path, clip_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """sd3-medium's own preset with small images, few steps and the tiny CLIP."""
+def write_preset(
+    tmp_path: Path, mirror: Path, clip_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Writes sd3-medium's own preset with small images, few steps and the tiny CLIP, and what else is given."""
     monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(mirror))
+    return lambda **changed: written_preset(tmp_path / "tiny-sd3.yaml", clip_files, changed)
+
+
+@pytest.fixture
+def preset_file(write_preset: Callable[..., Path]) -> Path:
+    return write_preset()
+
+
+def written_preset(path: Path, clip_files: Path, changed: dict[str, Any]) -> Path:
     content = load_preset("sd3-medium").model_dump(exclude={"name"})
     assert content["source"] == HUB_ID
-    content |= {"resolution": SIDE, "num_steps": 3, "max_sequence_length": 24}
+    content |= {"resolution": SIDE, "num_steps": 3, "max_sequence_length": 24, **changed}
     content["rewards"] = {"clip": {"model": "ViT-tiny-8-32", "pretrained": str(clip_files / "weights.pt")}}
     small = {"images": 8, "prompts_per_iteration": 2, "images_per_prompt": 2, "lora_rank": 4, "lora_alpha": 8.0}
     content["training"] |= small
     content["evaluation"] = {"prompts": 2, "images_per_prompt": 2, "num_steps": 3}
-    path = tmp_path / "tiny-sd3.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
@@ -263,6 +281,67 @@ def test_float32_lora_weights_train_beside_a_half_precision_base(preset_file: Pa
     gradients = [p.grad for p in policy.trainable_parameters()]
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
     assert any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("algorithm", algorithms.names())
+def test_every_algorithm_trains_a_lora_in_half_precision_beside_t5(
+    write_preset: Callable[..., Path], tmp_path: Path, algorithm: str
+) -> None:
+    path = write_preset(cpu_dtype="bfloat16", num_steps=2, resolution=32)
+    fields, training = algorithms.get(algorithm).cls.Config.model_fields, {"images": 4, "prompts_per_iteration": 2}
+    training |= {"num_steps": 2, "images_per_prompt": 2, "minibatch": 4, "microbatch": 2, "auxiliary_steps": 1}
+    few = {"warmup": 0, "states_per_image": 1, "states_per_pair": 1, "steps": 2}
+    overrides = {f"training.{name}": value for name, value in training.items()}
+    overrides |= {f"algorithm.{name}": value for name, value in few.items() if name in fields}
+    config = resolve_config(algorithm, "clip", str(path), overrides=overrides, device="cpu")
+    preset, cpu = load_preset(str(path)), torch.device("cpu")
+    assert preset.has_t5
+    assert config.training.tuning == "lora"
+    reward, policy = build_reward("clip", preset, cpu), build_policy(config, preset, cpu)
+    assert {p.dtype for p in policy.transformer.parameters()} == {torch.bfloat16, torch.float32}
+    assert policy.model_dtype == torch.bfloat16
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+    before = [p.detach().clone() for p in policy.trainable_parameters()]
+    logs: list[IterationLog] = []
+    prompts = load_split("objects", "train").prompts[:4]
+    Trainer(config, policy, build_algorithm(config, reward), reward, prompts, tmp_path, logs.append).run()
+    assert [log.images for log in logs] == [4]
+    assert all(math.isfinite(value) for value in (logs[0].reward, *logs[0].metrics.values()))
+    changed = [not torch.equal(p, b) for p, b in zip(policy.trainable_parameters(), before, strict=True)]
+    assert sum(changed) >= len(changed) / 2  # of a factor whose partner is zero there is no gradient yet
+
+
+def test_a_run_of_images_that_are_no_squares_is_trained_evaluated_and_sampled(
+    write_preset: Callable[..., Path], tmp_path: Path, flowbench_main: Callable[..., int]
+) -> None:
+    path = write_preset(resolution=[SIDE, SIDE + 32], num_steps=2)
+    command = ["run", "refl", "--model", str(path), "--device", "cpu", "--output", str(tmp_path / "runs")]
+    assert flowbench_main(*command, "--set", "evaluation.splits=[test]", "--set", "evaluation.num_steps=2") == 0
+    (record,) = (tmp_path / "runs").rglob("record.json")
+    call = json.loads((record.parent / "checkpoints/tuned/pipeline_call.json").read_text(encoding="utf-8"))
+    assert (call["height"], call["width"]) == (SIDE, SIDE + 32)
+    drawn = tmp_path / "drawn.png"
+    assert flowbench_main("sample", record.parent, PROMPTS[0], "--images", "1", "--output", drawn) == 0
+    assert drawn.is_file()
+
+
+@pytest.mark.parametrize("model", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
+def test_gated_weights_are_one_line_with_the_licences_page_and_what_to_do(
+    model: str, tmp_path: Path, flowbench_main: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source = load_preset(model).source
+
+    def refused(*arguments: object, **settings: object) -> None:
+        error = GatedRepoError.__new__(GatedRepoError)  # its constructor wants the hub's response
+        OSError.__init__(error, f"403 Client Error. Access to model {source} is restricted.\nPlease log in.")
+        raise error
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refused)
+    command = ["run", "orw-cfm-w2", "--reward", "jpeg", "--model", model, "--device", "cpu", "--output", tmp_path]
+    assert flowbench_main(*command) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for part in (model, f"https://huggingface.co/{source}", "hf auth login", f"hf download {source}", "--model FOLDER"):
+        assert part in line
 
 
 def test_missing_weights_are_one_line_with_the_remedy_and_exit_code_1(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def small_vae(channels: int) -> AutoencoderKL:
     )
 
 
-def sd3(dual_layers: tuple[int, ...] = ()) -> StableDiffusion3Pipeline:
-    """SD3-medium's model_index.json and configurations; SD3.5-medium's with `dual_layers`."""
+def sd3(dual_layers: tuple[int, ...] = (), qk_norm: bool = False) -> StableDiffusion3Pipeline:
+    """SD3-medium's model_index.json and configurations; SD3.5-large's with `qk_norm`, with both SD3.5-medium's."""
     torch.manual_seed(0)
     first, second, third = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!"), t5_tokenizer()
     return StableDiffusion3Pipeline(
@@ -145,7 +145,7 @@ def sd3(dual_layers: tuple[int, ...] = ()) -> StableDiffusion3Pipeline:
             out_channels=16,
             pos_embed_max_size=12,
             dual_attention_layers=dual_layers,
-            qk_norm="rms_norm" if dual_layers else None,
+            qk_norm="rms_norm" if qk_norm else None,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
         vae=small_vae(16),

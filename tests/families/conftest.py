@@ -25,7 +25,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pipelines")
     pipelines = {
         "sd3": tiny_pipelines.sd3(),
-        "sd3.5": tiny_pipelines.sd3(dual_layers=(0,)),
+        "sd3.5": tiny_pipelines.sd3(dual_layers=(0,), qk_norm=True),
+        "sd3.5-large": tiny_pipelines.sd3(qk_norm=True),
         "flux": tiny_pipelines.flux(),
         "schnell": tiny_pipelines.flux(guidance=False),
         "lumina2": tiny_pipelines.lumina2(),
@@ -57,9 +58,11 @@ def make(described: Callable[..., ModelPreset]) -> Callable[..., Policy]:
         guidance_scale: float = 1.0,
         dtype: torch.dtype = torch.float32,
         sigma_spacing: str = "pipeline",
+        resolution: int | tuple[int, int] = tiny_pipelines.SIDE,
         **arguments: Any,
     ) -> Policy:
-        preset = described(kind, guidance_scale=guidance_scale, sigma_spacing=sigma_spacing)
+        changed = {"guidance_scale": guidance_scale, "sigma_spacing": sigma_spacing, "resolution": resolution}
+        preset = described(kind, **changed)
         torch.manual_seed(2)
         return Policy(load_pipeline(preset, CPU).to(dtype), preset, tuning, **arguments)
 

@@ -27,7 +27,9 @@ CPU = torch.device("cpu")
 LORA = Tuning("lora", lora_rank=4, lora_alpha=8.0)
 PROMPTS = ("a photo of a red bench", "a photo of two cats and a dog")  # of different lengths
 families = pytest.mark.parametrize("kind", ["sd3", "flux", "lumina2", "zimage"])
-GUIDANCE = {"sd3": 4.5, "sd3.5": 4.5, "flux": 3.5, "lumina2": 4.0, "zimage": 4.0}
+tuned_families = pytest.mark.parametrize("kind", ["sd3", "sd3.5", "flux", "lumina2", "zimage"])
+TALL = (96, SIDE)  # height and width
+GUIDANCE = {"sd3": 4.5, "sd3.5": 4.5, "sd3.5-large": 3.5, "flux": 3.5, "lumina2": 4.0, "zimage": 4.0}
 
 Make = Callable[..., Policy]
 Plain = Callable[[str], Any]
@@ -39,8 +41,8 @@ def draw(pipeline: Any, noise: torch.Tensor, guidance_scale: float) -> torch.Ten
     packed = kind == "FluxPipeline"
     latents = pipeline(
         list(PROMPTS),  # Z-Image's pipeline writes into it
-        height=SIDE,
-        width=SIDE,
+        height=noise.shape[2] * 8,
+        width=noise.shape[3] * 8,
         num_inference_steps=3,
         guidance_scale=guidance_scale - 1 if kind == "ZImagePipeline" else guidance_scale,
         max_sequence_length=64,
@@ -102,7 +104,7 @@ def test_evenly_spaced_sigmas_end_with_a_step_like_the_others_after_the_models_s
     torch.testing.assert_close(sigmas, shift * u / (1 + (shift - 1) * u))
 
 
-@pytest.mark.parametrize("kind", ["schnell", "sd3.5"])
+@pytest.mark.parametrize("kind", ["schnell", "sd3.5", "sd3.5-large"])
 def test_so_does_that_of_a_familys_variant(make: Make, plain: Plain, kind: str) -> None:
     policy, scale = make(kind, guidance_scale=GUIDANCE.get(kind, 1.0)), GUIDANCE.get(kind, 1.0)
     noise = policy.draw_noise(2)
@@ -162,7 +164,7 @@ def test_tokens_of_a_prompt_are_counted_against_the_limit(make: Make, kind: str)
     assert 6 <= short < long <= family.token_limit == 64
 
 
-@families
+@tuned_families
 def test_the_lora_weights_that_are_saved_give_plain_diffusers_the_tuned_policys_output(
     make: Make, plain: Plain, kind: str, tmp_path: Path
 ) -> None:
@@ -194,6 +196,9 @@ def test_float32_lora_weights_train_beside_a_half_precision_base(make: Make, kin
 
 def test_lora_adapts_both_attentions_of_a_dual_attention_block(make: Make) -> None:
     policy = make("sd3.5")
+    block = policy.transformer.transformer_blocks[0]
+    assert block.attn.norm_q is not None  # SD3.5's norms of queries and keys
+    assert block.attn2.norm_q is not None
     adapted = {name for name, _ in policy.transformer.named_parameters() if "lora_A" in name}
     assert any(".attn2.to_q." in name for name in adapted)
     assert any(".attn.add_q_proj." in name for name in adapted)
@@ -201,7 +206,7 @@ def test_lora_adapts_both_attentions_of_a_dual_attention_block(make: Make) -> No
 
 
 @pytest.mark.parametrize("algorithm", ["acflow", "flow-grpo"])
-@families
+@tuned_families
 def test_an_iteration_trains_a_lora_of_a_folder_that_no_preset_describes(
     folders: dict[str, Path], kind: str, algorithm: str, tmp_path: Path
 ) -> None:
@@ -227,6 +232,43 @@ def test_an_iteration_trains_a_lora_of_a_folder_that_no_preset_describes(
     assert budget.images == 4
     changed = [not torch.equal(p, b) for p, b in zip(policy.trainable_parameters(), before, strict=True)]
     assert sum(changed) >= len(changed) / 2  # of a factor whose partner is zero there is no gradient yet
+    if kind == "sd3.5":
+        second = {n: p for n, p in policy.transformer.named_parameters() if ".attn2." in n and "lora_B.default" in n}
+        assert len(second) == 4
+        assert all(factor.abs().max() > 0 for factor in second.values())
+
+
+@families
+def test_an_image_that_is_no_square_is_the_plain_pipelines(make: Make, plain: Plain, kind: str) -> None:
+    scale, pipeline = GUIDANCE[kind], plain(kind)
+    policy = make(kind, guidance_scale=scale, resolution=TALL)
+    noise = policy.draw_noise(2)
+    assert noise.shape[2:] == (12, 8)
+    ours = policy.rollout(policy.encode(PROMPTS), noise).x0
+    assert same(ours, draw(pipeline, noise, scale))
+    assert not same(ours, policy.rollout(policy.encode(PROMPTS), noise.transpose(2, 3)).x0.transpose(2, 3))
+    arguments = policy.family.call_arguments(3, scale)
+    assert (arguments["height"], arguments["width"]) == TALL
+    with torch.no_grad():
+        images = policy.decode(ours)
+        decoded = pipeline.vae.decode(ours / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor)
+    assert images.shape == (2, 3, *TALL)
+    assert same(images, (decoded.sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_fluxs_sigmas_are_shifted_by_the_number_of_tokens_of_an_image_that_is_no_square(make: Make) -> None:
+    tall, wide, square = (make("flux", resolution=size).sigmas(4) for size in (TALL, TALL[::-1], SIDE))
+    assert torch.equal(tall, wide)
+    assert (tall[1:-1] > square[1:-1]).all()  # more tokens, more noise
+
+
+@families
+def test_a_resolution_that_is_no_whole_number_of_patches_is_refused_with_the_nearest(make: Make, kind: str) -> None:
+    policy = make(kind, resolution=(SIDE, 72))
+    with pytest.raises(
+        UsageError, match=f"model '{kind}': its resolution's width of 72 is no multiple of 16; use 64 or 80"
+    ):
+        policy.draw_noise(1)
 
 
 def test_packing_latents_is_undone_by_unpacking() -> None:
