@@ -34,6 +34,7 @@ class TrainingConfig(_Section):
         (
             *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
             *("sde_window_stay", "shared_noise"),
+            *("compile", "rollout_dtype"),
         )
     )
 
@@ -79,6 +80,10 @@ class TrainingConfig(_Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="largest decay of the average of the tuned weights that is evaluated; 0 is none"
     )
+    rollout_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision of training's rollouts and images, where the weights have a higher one"
+    )
+    compile: bool = Field(False, description="torch.compile of the transformer's blocks; rounds otherwise")
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
 
     @property

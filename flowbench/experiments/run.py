@@ -87,6 +87,8 @@ def build_policy(config: RunConfig, preset: ModelPreset, device: torch.device) -
         gradient_checkpointing=training.gradient_checkpointing,
         num_steps=training.num_steps,
         guidance_scale=training.guidance_scale,
+        rollout_dtype=getattr(torch, training.rollout_dtype),
+        compile_blocks=training.compile,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import torch
 Tensors: TypeAlias = dict[torch.nn.Parameter, torch.Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class StandIn:
     """What stands in for some parameters; their own tensors are kept aside, and come back as they were.
 
@@ -33,6 +34,15 @@ class StandIn:
         for p, own in zip(self.tensors, self._own, strict=True):
             p.data = own
         self._own = []
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it, the stand-ins are in place."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
 @torch.no_grad()

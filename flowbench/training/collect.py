@@ -34,7 +34,7 @@ class Collector:
         group, prompts = self._draw_prompts(iteration)
         needs, plan = self.algorithm.needs(), self.algorithm.plan()
         self.policy.generator = generator_for(seed, "rollout", iteration)
-        with budget.timed("rollout", device):
+        with self.policy.rollout_precision(), budget.timed("rollout", device):
             cond = self.policy.encode(prompts)
             samples = self.policy.rollout(
                 cond,
@@ -49,7 +49,7 @@ class Collector:
                 branch_step=plan.branch_step,
                 keep_steps=plan.keep_steps,
             )
-        with budget.timed("decode", device), torch.no_grad():
+        with self.policy.rollout_precision(), budget.timed("decode", device), torch.no_grad():
             images = torch.cat([self.policy.decode(part) for part in samples.x0.split(training.decode_batch)])
         with budget.timed("reward", device):
             scores = self._scores(images, prompts, iteration, budget)

@@ -45,7 +45,7 @@ class Finite:
         self._watched: list[tuple[str, torch.Tensor]] = []
 
     def watch(self, fault: str, value: torch.Tensor) -> None:
-        """`check` is to look at this number; fault: what it says if that is not finite, with {} in the value's place."""
+        """Let `check` look at this number; fault: what it says of one that is not finite, with {} in its place."""
         self._watched.append((fault, value.detach()))
 
     def check(self) -> None:

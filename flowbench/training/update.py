@@ -29,9 +29,7 @@ class Updater:
         training = config.training
         self.parameters = policy.trainable_parameters()
         self.auxiliary_parameters = [p for network in algorithm.networks().values() for p in network.parameters()]
-        self.optimizer = adamw(
-            self.parameters, training.learning_rate, training.adam_betas, training.weight_decay
-        )
+        self.optimizer = adamw(self.parameters, training.learning_rate, training.adam_betas, training.weight_decay)
         self.auxiliary_optimizer = (
             adamw(self.auxiliary_parameters, training.auxiliary_learning_rate) if self.auxiliary_parameters else None
         )
