@@ -77,6 +77,7 @@ def gradients(trainer: Trainer, batch: Batch, microbatch: int | None) -> Gradien
         for p in ps:
             p.grad = None
     updater.gradient(batch, microbatch)
+    updater.finite.check()
     return {
         name: torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in ps])
         for name, ps in parameters.items()

@@ -88,6 +88,8 @@ def build_policy(
         gradient_checkpointing=training.gradient_checkpointing,
         num_steps=training.num_steps,
         guidance_scale=training.guidance_scale,
+        rollout_dtype=getattr(torch, training.rollout_dtype),
+        compile_blocks=training.compile,
     )
     if ahead is not None:
         policy.texts.take(ahead)

@@ -96,6 +96,7 @@ def update_direction(trainer: Trainer, batch: Batch, iteration: int) -> torch.Te
     microbatch, counts = trainer.config.training.microbatch, False
     for rows in updater.minibatches(batch, iteration):
         counts |= updater.gradient(updater.drawn(rows), microbatch)[1]
+    updater.finite.check()
     slopes = [(torch.zeros_like(p) if p.grad is None else p.grad).detach() for p in updater.parameters]
     direction = -torch.cat([slope.flatten().float().cpu() for slope in slopes])
     for p in (*updater.parameters, *updater.auxiliary_parameters):

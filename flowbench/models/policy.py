@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flowbench.errors import UsageError
+from flowbench.models.compiling import Compiler
 from flowbench.models.families import family_class
 from flowbench.models.flow import get_sampler
 from flowbench.models.presets import ModelPreset
 from flowbench.models.processes import ALONE
-from flowbench.models.sampling import Samples, Sampling
+from flowbench.models.sampling import Samples
 from flowbench.models.texts import TextCache
+from flowbench.models.velocities import Velocities
 from flowbench.models.views import ANCHOR, EXTRA_VIEWS, VIEWS, Tuning, make_views
 from flowbench.rollout import Conditioning
 
 __all__ = ["ANCHOR", "EXTRA_VIEWS", "VIEWS", "Policy", "Samples", "Tuning"]
 
 
-class Policy(Sampling):
+class Policy(Velocities):
     """A pipeline whose transformer is being tuned; the preset's family knows how to use it.
 
     Weight views: "current" is trained, "reference" is the model before tuning; "old" (behaviour policy) and "average"
     (slow average) exist for algorithms that ask for them, "anchor" where `training.anchor_decay` does. With LoRA a view
     is an adapter state of one module; with full tuning it is a frozen copy. `generator` supplies all randomness of
     `rollout` and of the draws; the trainer sets it. `num_steps` and `guidance_scale` are those of training; None means
-    the preset's. `processes` are those that share its work.
+    the preset's. `rollout_dtype` is the precision of training's rollouts and images, where the weights have a
+    higher one; `compile_blocks` compiles the transformer's blocks. `processes` are those that share its work.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class Policy(Sampling):
         gradient_checkpointing: bool = False,
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        rollout_dtype: torch.dtype = torch.float32,
+        compile_blocks: bool = False,
     ) -> None:
         self.pipeline, self.preset, self.tuning = pipeline, preset, tuning
         self.family = family_class(preset.family)(pipeline, preset)
@@ -59,6 +64,9 @@ class Policy(Sampling):
             part.requires_grad_(False).eval().to(device)
         self.texts = TextCache(self.family, device)
         self.views = make_views(self.family, tuning, gradient_checkpointing)
+        self.rollout_dtype = self.family.lower_dtype(rollout_dtype)
+        self._compiler = Compiler(preset.name) if compile_blocks else None
+        self._compile()
 
     @property
     def transformer(self) -> Any:
@@ -89,84 +97,25 @@ class Policy(Sampling):
         """One vector per row, (R, D), that says what its prompt is about; for critics."""
         return self.family.summarize(cond.tensors)[cond.index]
 
-    # --- velocity and weight views --------------------------------------------------------------------------------
-
-    def velocity(
-        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current", grad: bool = False
-    ) -> torch.Tensor:
-        """v(x_sigma, sigma, c); x (R, C, h, w), sigma (R,). Without classifier-free guidance.
-
-        A model whose guidance is an input is given that of training. Through the view "current" weights and x have
-        gradients; through the others x has one with `grad`, and their weights never do.
-
-        Raises UsageError for a view that nobody asked for.
-        """
-        return self._velocity(x, sigma, cond, weights, grad, self._scale(None))
-
-    @torch.no_grad()
-    def velocity_and_hidden(
-        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current"
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """v as in `velocity`, and what its last layer is given: hidden states (R, L, D), None where a family has none.
-
-        Without gradient.
-        """
-        kept: list[torch.Tensor] = []
-        with self.views.use(self._view(weights)) as module:
-            layer = self.family.last_norm(module)
-        hook = layer and layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-        try:
-            v = self.velocity(x, sigma, cond, weights)
-        finally:
-            if hook:
-                hook.remove()
-        return v, kept[0].float() if kept else None
-
-    def guided_velocity(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        cond: Conditioning,
-        weights: str = "current",
-        guidance_scale: float | None = None,
-        grad: bool = False,
-    ) -> torch.Tensor:
-        """The velocity that the sampler follows: with guidance, in the family's own form, if its scale is above 1.
-
-        guidance_scale None is that of training; `grad` as in `velocity`.
-        """
-        scale = self._scale(guidance_scale)
-        v = self._velocity(x, sigma, cond, weights, grad, scale)
-        if scale <= 1.0 or not self.family.classifier_free:
-            return v
-        v_negative = self._velocity(x, sigma, self.texts.negative(len(x)), weights, grad, scale)
-        return self.family.guide(v, v_negative, scale)
-
-    def _velocity(
-        self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str, grad: bool, scale: float
-    ) -> torch.Tensor:
-        self.function_evaluations += len(x)
-        weights = self._view(weights)
-        with nullcontext() if grad or weights == "current" else torch.no_grad(), self.views.use(weights) as module:
-            return self.family.velocity(module, x, sigma, cond.rows(), scale)
-
-    def _view(self, weights: str) -> str:
-        anchored = weights == "reference" and self._anchored and self.has_view(ANCHOR)
-        return ANCHOR if anchored else weights
-
-    def _scale(self, guidance_scale: float | None) -> float:
-        return next(s for s in (guidance_scale, self.guidance_scale, self.preset.guidance_scale) if s is not None)
+    # --- weight views -------------------------------------------------------------------------------------------------
 
     def double(self) -> None:
         """Compute in float64 from here on; for checks of small models."""
         for module in self.views.modules():
             module.double()
+        self.views.forget(everything=True)
 
     def add_view(self, name: str) -> None:
         """Make a view of EXTRA_VIEWS: a copy of the current weights, moved by `update_view`."""
         if name not in EXTRA_VIEWS:
             raise UsageError(f"weight view '{name}' cannot be added; {EXTRA_VIEWS} can, {VIEWS[:2]} always exist")
         self.views.add(name)
+        self._compile()
+
+    def _compile(self) -> None:
+        if self._compiler:
+            for module in self.views.modules():
+                self._compiler.compile(module)
 
     def update_view(self, name: str, decay: float) -> None:
         """view = decay * view + (1 - decay) * current."""
@@ -232,14 +181,6 @@ class Policy(Sampling):
                 "use 'logit-normal', 'uniform' or 'sampler'"
             )
         return sigma.to(self.device)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] on the device; differentiable when gradients are on.
-
-        With gradient checkpointing each image is then decoded on its own, and again in the backward pass: the memory
-        that many images take is that of one.
-        """
-        return self.family.decode(latents.to(self.device), checkpoint=self.gradient_checkpointing)
 
     def draw_integers(self, high: int, n: int) -> torch.Tensor:
         """n uniform integers in [0, high)."""

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from flowbench.errors import UsageError
 from flowbench.models.families.base import Family
 from flowbench.models.lora import TRAINED, adapted_layers, adapter_parameters, add_adapter, switch_adapter
+from flowbench.models.stand_ins import StandIn, converted, merged
 
 ANCHOR = "anchor"
 EXTRA_VIEWS = ("old", "average", ANCHOR)
@@ -33,18 +34,64 @@ class Tuning:
 class Views(ABC):
     """The weight views of one module. "current" is trained, "reference" is the module before tuning.
 
-    `active` is the view that the module computes with outside of `use`.
+    `active` is the view that the module computes with outside of `use`, and `standing` what stands in for its weights,
+    if anything does; `precision` is that of views whose weights are `frozen`, None for their own.
     """
 
     def __init__(self, module: Any) -> None:
         self.current, self.active = module, "current"
+        self.standing: StandIn | None = None
+        self.precision: torch.dtype | None = None
+        self._stand_ins: dict[tuple[str, torch.dtype | None], tuple[list[int], StandIn]] = {}
 
-    @abstractmethod
-    def use(self, name: str) -> AbstractContextManager[torch.nn.Module]:
+    def use(self, name: str, frozen: bool = False) -> AbstractContextManager[torch.nn.Module]:
         """Within it, the module that it gives computes with this view; it may be entered again.
 
-        Raises UsageError for a view that does not exist.
+        frozen: without any gradient, by `StandIn` where that is faster. What stands in for "current" is made once and
+        used until `forget`. Raises UsageError for a view that does not exist.
         """
+        self._check(name)
+        return _Switched(self, name, self._stand_in(name) if frozen else None)
+
+    def activate(self, name: str, standing: StandIn | None) -> None:
+        """Compute with this view from now on, and with what stands in for its weights."""
+        if (name, standing) == (self.active, self.standing):
+            return
+        if self.standing:
+            self.standing.leave()
+        self._switch(name, adapters=standing is None or standing.adapters)
+        self.active, self.standing = name, standing
+        if standing:
+            standing.enter()
+
+    def forget(self, everything: bool = False) -> None:
+        """Make anew what stands in for weights: for those that may have changed unseen, or for `everything`."""
+        kept = {} if everything else self._stand_ins
+        self._stand_ins = {key: kept[key] for key in kept if key[0] in EXTRA_VIEWS and key[1] is None}
+
+    def _stand_in(self, name: str) -> StandIn | None:
+        """What stands in for a view's weights: what was made before, if the weights are as they were."""
+        weights = [] if name == "reference" else [p._version for p in self.parameters(name)]
+        versions, made = self._stand_ins.get((name, self.precision), (None, None))
+        if made is None or versions != weights:
+            made = self._make_stand_in(name)
+            if made is not None:
+                self._stand_ins[name, self.precision] = (weights, made)
+        return made
+
+    @abstractmethod
+    def module(self, name: str) -> torch.nn.Module:
+        """The module that computes with this view."""
+
+    @abstractmethod
+    def _check(self, name: str) -> None: ...
+
+    @abstractmethod
+    def _switch(self, name: str, adapters: bool) -> None:
+        """Let the module compute with this view, with its adapter or without any."""
+
+    @abstractmethod
+    def _make_stand_in(self, name: str) -> StandIn | None: ...
 
     def modules(self) -> list[torch.nn.Module]:
         """The modules that hold the views' weights."""
@@ -90,12 +137,9 @@ class Views(ABC):
         """
 
         def run(block: torch.nn.Module, *arguments: Any) -> Any:
-            name = self.active
+            again = _Switched(self, self.active, self.standing)
             return checkpoint(
-                block.__call__,
-                *arguments,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), self.use(name)),
+                block.__call__, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), again)
             )
 
         return run
@@ -111,10 +155,6 @@ class CopiedViews(Views):
         self._copies: dict[str, torch.nn.Module] = {"reference": copy.deepcopy(module)}
         module.requires_grad_(True)
 
-    def use(self, name: str) -> AbstractContextManager[torch.nn.Module]:
-        """As in the base class; no module ever changes."""
-        return nullcontext(self._module(name))
-
     def add(self, name: str) -> None:
         """As in the base class."""
         self._copies[name] = copy.deepcopy(self.current).requires_grad_(False)
@@ -129,13 +169,25 @@ class CopiedViews(Views):
 
     def parameters(self, name: str) -> list[torch.nn.Parameter]:
         """As in the base class."""
-        return list(self._module(name).parameters())
+        self._check(name)
+        return list(self.module(name).parameters())
 
-    def _module(self, name: str) -> torch.nn.Module:
-        if name != "current" and name not in self._copies:
-            _missing(name)
+    def module(self, name: str) -> torch.nn.Module:
+        """As in the base class."""
         module: torch.nn.Module = self.current if name == "current" else self._copies[name]
         return module
+
+    def _check(self, name: str) -> None:
+        if name != "current" and name not in self._copies:
+            _missing(name)
+
+    def _switch(self, name: str, adapters: bool) -> None:
+        pass  # no module ever changes
+
+    def _make_stand_in(self, name: str) -> StandIn | None:
+        if self.precision is None:
+            return None
+        return StandIn(converted(self.module(name).parameters(), self.precision), adapters=False)
 
 
 class AdapterViews(Views):
@@ -149,16 +201,10 @@ class AdapterViews(Views):
             module.enable_gradient_checkpointing(self.checkpointing())
         self._add_adapter(TRAINED)
 
-    def use(self, name: str) -> AbstractContextManager[torch.nn.Module]:
-        """As in the base class; afterwards the module computes as before."""
-        if name not in VIEWS[:2] and not self.has(name):
-            _missing(name)
-        return _Switched(self, name)
-
     def add(self, name: str) -> None:
         """As in the base class."""
         self._add_adapter(name)
-        self._switch("current")
+        self._switch("current", adapters=True)
         self.update(name, decay=0.0)
 
     def has(self, name: str) -> bool:
@@ -169,14 +215,38 @@ class AdapterViews(Views):
         """As in the base class."""
         return self._parameters.get(name) or _missing(name)
 
-    def activate(self, name: str) -> None:
-        """Compute with this view from now on."""
-        if name != self.active:
-            self._switch(name)
+    def module(self, name: str) -> torch.nn.Module:
+        """As in the base class; it is always the same."""
+        module: torch.nn.Module = self.current
+        return module
 
-    def _switch(self, name: str) -> None:
-        switch_adapter(self._layers, {"current": TRAINED, "reference": None}.get(name, name))
-        self.active = name
+    def _check(self, name: str) -> None:
+        if name not in VIEWS[:2] and not self.has(name):
+            _missing(name)
+
+    def _make_stand_in(self, name: str) -> StandIn | None:
+        """The adapter merged into the weights.
+
+        Weights that are kept in half precision are left alone: what an adapter adds to one is at first less than half
+        the distance to the next number, and would be lost. The adapter is then given their precision, in which it is
+        computed under autocast in any case; that saves converting its inputs to float32 and back.
+        """
+        adapter = self._adapter(name)
+        dtype = self._layers[0].get_base_layer().weight.dtype
+        if dtype.itemsize < 4:
+            return StandIn(converted(self.parameters(name), dtype), adapters=True) if adapter else None
+        together = merged(self._layers, adapter) if adapter else {}
+        if self.precision:
+            own = {id(p) for view in self._parameters.values() for p in view}
+            base = (p for p in self.current.parameters() if id(p) not in own)
+            together = converted(base, self.precision, instead=together)
+        return StandIn(together, adapters=False) if together else None
+
+    def _adapter(self, name: str) -> str | None:
+        return {"current": TRAINED, "reference": None}.get(name, name)
+
+    def _switch(self, name: str, adapters: bool) -> None:
+        switch_adapter(self._layers, self._adapter(name) if adapters else None)
         # peft lets only the active adapter have gradients, if any. A backward pass drops the gradient of what is frozen
         # when it arrives, and it may arrive while another view is active.
         for view, parameters in self._parameters.items():
@@ -191,20 +261,19 @@ class AdapterViews(Views):
 
 
 class _Switched(AbstractContextManager[torch.nn.Module]):
-    """Within it, an adapter view is active. A recomputed block enters it once per backward pass."""
+    """Within it, a view is active. A recomputed block enters it once per backward pass."""
 
-    def __init__(self, views: AdapterViews, name: str) -> None:
-        self._views, self._name = views, name
-        self._before: list[str] = []
+    def __init__(self, views: Views, name: str, standing: StandIn | None) -> None:
+        self._views, self._name, self._standing = views, name, standing
+        self._before: list[tuple[str, StandIn | None]] = []
 
     def __enter__(self) -> torch.nn.Module:
-        self._before.append(self._views.active)
-        self._views.activate(self._name)
-        module: torch.nn.Module = self._views.current
-        return module
+        self._before.append((self._views.active, self._views.standing))
+        self._views.activate(self._name, self._standing)
+        return self._views.module(self._name)
 
     def __exit__(self, *_: object) -> None:
-        self._views.activate(self._before.pop())
+        self._views.activate(*self._before.pop())
 
 
 def make_views(family: Family, tuning: Tuning, gradient_checkpointing: bool) -> Views:

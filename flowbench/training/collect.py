@@ -47,10 +47,11 @@ class Collector:
         processes = self.policy.processes
         groups, mine = own_groups(processes, self.config.training)
         self.policy.generator = generator_for(seed, "rollout", iteration)
-        with budget.timed("rollout", device), processes.drawing(groups, self.config.training.prompts_per_iteration):
+        draws = processes.drawing(groups, self.config.training.prompts_per_iteration)
+        with self.policy.rollout_precision(), budget.timed("rollout", device), draws:
             cond = self.policy.encode(prompts)
             samples = self._sampled(cond.select(torch.arange(len(group))[mine]), group[mine], iteration)
-        with budget.timed("decode", device), torch.no_grad():
+        with self.policy.rollout_precision(), budget.timed("decode", device), torch.no_grad():
             images = self._decoded(samples.x0)
         with budget.timed("reward", device):
             scores = self._scores(images, prompts[mine], budget)

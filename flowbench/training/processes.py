@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeAlias
 
 import torch
 
@@ -23,7 +23,7 @@ from flowbench.stored import HOST, StoredRows
 
 CHECKED_EVERY = 10  # iterations; hashing the weights takes time
 
-N = TypeVar("N", bound=float)
+NamedMeans: TypeAlias = dict[str, list[tuple[torch.Tensor, int]]]  # and of how many values each is
 
 
 def check_division(processes: Processes, training: TrainingConfig) -> None:
@@ -95,7 +95,14 @@ def gathered_scalars(processes: Processes, measured: Sequence[Mapping[str, torch
     return {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
 
 
-def joined_means(told: Sequence[dict[str, list[tuple[N, int]]]]) -> dict[str, list[tuple[N, int]]]:
+def told_means(processes: Processes, parts: NamedMeans) -> NamedMeans:
+    """Named means as they can be told to other processes, which have other devices; of one alone, as they are."""
+    if processes.count == 1:
+        return parts
+    return {name: [(mean.cpu(), n) for mean, n in means] for name, means in parts.items()}
+
+
+def joined_means(told: Sequence[NamedMeans]) -> NamedMeans:
     """The named means of all processes, each with the number of its values, from those of each."""
     if len(told) == 1:
         return told[0]

@@ -14,31 +14,10 @@ from flowbench.models.policy import ANCHOR, Policy
 from flowbench.rollout import Batch, Loss
 from flowbench.seeding import generator_for
 from flowbench.training.average import WeightAverage
-from flowbench.training.processes import joined_means, own_rows
+from flowbench.training.metrics import Finite, Metrics
+from flowbench.training.optimizer import adamw, step
+from flowbench.training.processes import joined_means, own_rows, told_means
 from flowbench.training.rows import UPDATE, Cut, compared, drawn, shuffled
-
-
-class Metrics:
-    """Means over rows of named values that come in parts."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, list[tuple[float, int]]] = {}
-
-    def add(self, name: str, values: torch.Tensor | float) -> None:
-        """Take in values (R,), or one that stands for all rows."""
-        values = torch.as_tensor(values).detach()
-        if values.numel():
-            self.parts.setdefault(name, []).append((values.float().mean().item(), values.numel()))
-
-    def means(self) -> dict[str, float]:
-        """Each name's mean over all values."""
-        return {name: _mean(parts) for name, parts in self.parts.items()}
-
-
-def _mean(parts: list[tuple[float, int]]) -> float:
-    if len(parts) == 1:
-        return parts[0][0]  # to the last bit
-    return sum(mean * n for mean, n in parts) / sum(n for _, n in parts)
 
 
 class Updater:
@@ -52,22 +31,16 @@ class Updater:
         training = config.training
         self.parameters = policy.trainable_parameters()
         self.auxiliary_parameters = [p for network in algorithm.networks().values() for p in network.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=training.learning_rate,
-            betas=training.adam_betas,
-            weight_decay=training.weight_decay,
-        )
+        self.optimizer = adamw(self.parameters, training.learning_rate, training.adam_betas, training.weight_decay)
         self.auxiliary_optimizer = (
-            torch.optim.AdamW(self.auxiliary_parameters, lr=training.auxiliary_learning_rate)
-            if self.auxiliary_parameters
-            else None
+            adamw(self.auxiliary_parameters, training.auxiliary_learning_rate) if self.auxiliary_parameters else None
         )
         self.average = WeightAverage(self.parameters, training.ema)
         if training.anchor_decay is not None:
             policy.add_view(ANCHOR)
         self._iteration = 0
         self.portion = Portion(UPDATE, training.microbatch, "rows")
+        self.finite = Finite()
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
         """Pass over the rows of iteration `iteration` in random minibatches; returns the means of the metrics.
@@ -81,7 +54,8 @@ class Updater:
                 metrics.add(name, value)
         if self.config.training.anchor_decay is not None:
             self.policy.update_view(ANCHOR, self.config.training.anchor_decay)
-        return metrics.means()
+        self.finite.check()
+        return metrics.fetched()
 
     def minibatches(self, batch: Batch, iteration: int) -> Iterator[Batch]:
         """The minibatches of iteration `iteration` in turn, with the policy's generator set for their draws."""
@@ -92,11 +66,12 @@ class Updater:
             for rows in Cut(training.minibatch, self.algorithm.whole_groups).parts(batch, shuffled(batch, order)):
                 yield batch.select(rows)
 
-    def gradient(self, batch: Batch, microbatch: int | None) -> tuple[dict[str, float], bool]:
+    def gradient(self, batch: Batch, microbatch: int | None) -> tuple[dict[str, torch.Tensor], bool]:
         """Add the gradient of a minibatch's mean loss to the parameters; its rows have what `drawn` gives them.
 
         Returns the metrics' means, and whether the policy has a loss. The gradient is the same whatever the microbatch.
         Of several processes each differentiates rows of its own, and all have the sum; no gradient may be there before.
+        Whether all of it is finite, `finite.check` says.
         """
         own = self._own(batch)
         portion = self.portion if microbatch == self.config.training.microbatch else Portion(UPDATE, microbatch, "rows")
@@ -105,7 +80,8 @@ class Updater:
             batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion, own)
             metrics, updates_policy = self._accumulate(batch, own, portion, self.algorithm.loss)
         parameters = [*self.parameters, *self.auxiliary_parameters]
-        told = self.policy.processes.add_gradients(parameters, (metrics.parts, updates_policy))
+        processes = self.policy.processes
+        told = processes.add_gradients(parameters, (told_means(processes, metrics.parts), updates_policy))
         metrics.parts = joined_means([parts for parts, _ in told])
         for name, value in comparison.metrics.items():
             metrics.add(name, value)
@@ -143,12 +119,12 @@ class Updater:
         longest = max(Cut(1, whole).groups(batch, rows) or (1,))
         return portion.whole(work, len(rows), longest, undo)
 
-    def _step(self, batch: Batch) -> dict[str, float]:
+    def _step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One optimizer step on one minibatch, accumulated over microbatches."""
         metrics, updates_policy = self.gradient(self.drawn(batch), self.config.training.microbatch)
         if updates_policy:
             metrics["grad_norm"] = self._clip(self.parameters)
-            self.optimizer.step()
+            step(self.optimizer, metrics["grad_norm"], self.finite)
         self.optimizer.zero_grad(set_to_none=True)
         if self.auxiliary_optimizer:
             self._auxiliary_step(self.auxiliary_optimizer)
@@ -167,12 +143,11 @@ class Updater:
         """The rows of a minibatch that are this process's."""
         return own_rows(self.policy.processes, batch, self.algorithm.whole_groups)
 
-    def _auxiliary_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._clip(self.auxiliary_parameters)
-        optimizer.step()
+    def _auxiliary_step(self, optimizer: torch.optim.AdamW) -> None:
+        step(optimizer, self._clip(self.auxiliary_parameters), self.finite)
         optimizer.zero_grad(set_to_none=True)
 
-    def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    def _extra_auxiliary_step(self, batch: Batch, optimizer: torch.optim.AdamW) -> None:
         """One more step of the algorithm's own networks, on fresh noise."""
         learns = False
 
@@ -194,20 +169,15 @@ class Updater:
         if any(part.ndim != 1 for part in parts):
             raise RunError(f"the loss of '{name}' has shape {tuple(parts[0].shape)}; it must be one value per row")
         total = torch.stack([part.mean() for part in parts]).sum()
-        if not total.isfinite():
-            raise RunError(
-                f"the loss of '{name}' is {total.item()}; lower training.learning_rate or check the rewards' scale"
-            )
+        fault = f"the loss of '{name}' is {{}}; lower training.learning_rate or check the rewards' scale"
+        self.finite.watch(fault, total)
         return total
 
-    def _clip(self, parameters: list[torch.nn.Parameter]) -> float:
+    def _clip(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.training.max_grad_norm)
-        if not norm.isfinite():
-            raise RunError(
-                f"the gradient of '{self.algorithm.info.name}' is {norm.item()} in iteration {self._iteration + 1}; "
-                "lower training.learning_rate"
-            )
-        return norm.item()
+        where = f"in iteration {self._iteration + 1}; lower training.learning_rate"
+        self.finite.watch(f"the gradient of '{self.algorithm.info.name}' is {{}} {where}", norm)
+        return norm
 
     def use_average(self) -> None:
         """Put the averaged weights, if the run keeps them, in place of the current ones, for evaluation."""

@@ -163,7 +163,7 @@ class Family(ABC):
 
         scale: the guidance that is an input, for families whose guidance is not classifier-free.
         """
-        dtype = self.model_dtype
+        dtype = next(module.parameters()).dtype  # of what stands in for the weights, if anything does
         text = {name: t.to(dtype) if t.is_floating_point() else t for name, t in text.items()}
         with self._precision(dtype, x.device):
             v = self.predict(module, x.to(dtype), sigma, text, scale)
@@ -189,6 +189,13 @@ class Family(ABC):
         """The dtype of the transformer's weights."""
         dtype: torch.dtype = next(self.transformer.parameters()).dtype
         return dtype
+
+    def lower_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """This precision, if it is lower than that of the weights, else None.
+
+        Raises UsageError where the family has no other than its own.
+        """
+        return dtype if dtype.itemsize < self.model_dtype.itemsize else None
 
     def _precision(self, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
         # LoRA weights stay float32 beside half-precision base weights; autocast joins the two.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flowbench.errors import UsageError
 from flowbench.models.families.base import Family, NamedTensors, Parts
 from flowbench.models.families.plane_field import TEXT_WIDTH, VelocityField
 from flowbench.testbeds.plane.density import make_density
@@ -70,6 +71,12 @@ class Plane(Family):
         """As in the base class; the text is not read."""
         velocity: torch.Tensor = module(x.flatten(1), sigma.to(x.dtype))
         return velocity.view(x.shape)
+
+    def lower_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """As in the base class."""
+        if dtype != torch.float32:
+            raise UsageError(f"model '{self.preset.name}' is a formula; use training.rollout_dtype=float32")
+        return None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
