@@ -153,6 +153,31 @@ def test_the_hash_ignores_seed_and_device_and_nothing_else(tiny_config: MakeConf
     assert len({config.hash(), *(o.hash() for o in others)}) == 1 + len(others)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.microbatch", 3),
+        ("training.decode_batch", 3),
+        ("training.rollout_batch", 3),
+        ("training.gradient_checkpointing", True),
+        ("evaluation.batch", 3),
+    ],
+)
+def test_what_only_divides_the_work_is_in_no_hash(key: str, value: object):
+    assert resolve(**{key: value}).hash() == resolve().hash()
+    assert resolve(**{key: value}).undivided() == resolve().undivided() == resolve()
+
+
+def test_the_hash_has_the_division_of_the_models_own_preset():
+    plain = resolve_config("acflow", "clip", "sd3-medium", overrides={})
+    other = resolve_config(
+        "acflow", "clip", "sd3-medium", overrides={"training.microbatch": 2, "training.gradient_checkpointing": False}
+    )
+    assert (plain.training.microbatch, plain.training.gradient_checkpointing) == (8, True)
+    assert plain.hash() == other.hash() == "e9e8a5cdcb"
+    assert other.undivided().training == plain.training
+
+
 def test_assignments_are_read_as_yaml():
     given = ["a.b=3", "a.c=1e-4", "a.d=null", "a.e=[test]", "a.f=text", "a.g=x=y", "a.h=true"]
     expected = {"a.b": 3, "a.c": 1e-4, "a.d": None, "a.e": ["test"], "a.f": "text", "a.g": "x=y", "a.h": True}

@@ -47,7 +47,7 @@ def test_a_share_of_the_steps_is_drawn_from_those_that_have_a_density(wanted: in
     log_prob[:, [0, 4, 5]] = torch.inf
     algorithm = StepPolicyGradient(StepConfig(steps_per_image=wanted))
     generator = torch.Generator().manual_seed(0)
-    algorithm.setup(SimpleNamespace(draw_noise=lambda n: torch.randn(n, 1, 1, 1, generator=generator)))
+    algorithm.setup(SimpleNamespace(draw_noise=lambda n, device: torch.randn(n, 1, 1, 1, generator=generator)))
     group = torch.zeros(50, dtype=torch.int64)
     batch = algorithm.prepare(rollout_of(log_prob, torch.arange(50.0), group))
     chosen = batch.transition().sigma.view(50, wanted)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,13 @@ def test_a_finished_run_is_not_overwritten(finished: tuple, resume: bool):
     with pytest.raises(UsageError, match=r"this run is finished: .*; change --seed or a setting"):
         execute(config, folder, "again", resume=resume)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")} == before
+
+
+def test_a_run_that_does_not_exist_is_not_continued(tmp_path: Path, tiny_config: MakeConfig):
+    with pytest.raises(UsageError, match=f"nothing to resume in {re.escape(str(tmp_path / 'run'))}; ") as raised:
+        execute(tiny_config("orw-cfm-w2"), tmp_path / "run", "", resume=True)
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unfinished_run_is_continued_only_on_request(tmp_path: Path, tiny_config: MakeConfig):

@@ -98,11 +98,13 @@ class Sampling(ABC):
             member, leaders = (part.cpu() for part in _branches(group, branch_step, sampler, steps))
             before = torch.Size((len(leaders), *shape[1:]))
         stochastic = [chosen(sampler, window, k).has_log_prob for k in range(steps)]
-        noise = tuple(
+        noise = [
             self._randn(before if k < (branch_step or 0) else shape) if draws else None
             for k, draws in enumerate(stochastic)
-        )
-        return StepNoise(noise, branch_step or 0, member)
+        ]
+        if self.device.type == "cuda":  # so that copying it does not wait for the step before
+            noise = [None if part is None else part.pin_memory() for part in noise]
+        return StepNoise(tuple(noise), branch_step or 0, member)
 
     @torch.no_grad()
     def rollout(
@@ -149,7 +151,7 @@ class Sampling(ABC):
             step = taken.step(x, v, sigma, sigma_next, self.eta)
             x, added = step.mean, step_noise.steps[k]
             if added is not None:
-                x = step.mean + step.std * added.to(x.device)
+                x = step.mean + step.std * added.to(x.device, non_blocking=x.is_cuda)
                 path.log_probs.append(taken.log_prob(x, step))
             elif sampler.has_log_prob:
                 path.log_probs.append(torch.full((len(x),), torch.inf, device=x.device))

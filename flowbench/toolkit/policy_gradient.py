@@ -17,6 +17,7 @@ from flowbench.algorithm import COMMON_SEARCH_SPACE, Algorithm, AlgorithmConfig,
 from flowbench.models.flow import Step
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Rollout, transitions
+from flowbench.stored import HOST
 from flowbench.toolkit.defaults import MINI_SD3_LORA
 
 
@@ -80,7 +81,7 @@ class StepPolicyGradient(Algorithm[S]):
         steps = len(batch) // len(rollout)
         if self.cfg.steps_per_image is None or self.cfg.steps_per_image >= steps:
             return batch
-        order = self.policy.draw_noise(len(batch)).flatten(1)[:, 0].view(len(rollout), steps).argsort(1)
+        order = self.policy.draw_noise(len(batch), HOST).flatten(1)[:, 0].view(len(rollout), steps).argsort(1)
         chosen = order[:, : self.cfg.steps_per_image] + steps * torch.arange(len(rollout), device=order.device)[:, None]
         return batch.select(chosen.flatten())
 
