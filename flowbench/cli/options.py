@@ -15,3 +15,11 @@ PromptsOption = Annotated[str | None, typer.Option(help="Prompt set: a name, a f
 SettingsOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, for example training.learning_rate=1e-4.")
 ]
+MemoryLimitOption = Annotated[
+    str | None, typer.Option(metavar="24GiB", help="Divide the work so that every phase fits; results stay the same.")
+]
+TflopsOption = Annotated[float | None, typer.Option(min=0.001, help="Throughput that times are computed with.")]
+RandomInitOption = Annotated[
+    bool, typer.Option("--random-init", help="The model's real configuration with random weights; to measure only.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]

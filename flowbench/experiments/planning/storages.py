@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 META = torch.device("meta")
@@ -37,6 +37,10 @@ _ON_CPU: Mapping[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _flash,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
 }
+
+
+# What initialisation does to weights without content: nothing, at length.
+_FILLED = {aten.uniform_, aten.normal_, aten.fill_, aten.zero_, aten.copy_, aten.mul_, aten.add_, aten.clamp_}
 
 
 class Meter(TorchDispatchMode):
@@ -74,6 +78,8 @@ class Meter(TorchDispatchMode):
 
     def _shapes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation on meta tensors; that of one which was seen before is not worked out again."""
+        if _is_pure(func):  # what an algorithm kept of its rollout lies on the host here
+            args, kwargs = _on_one_device(args, kwargs)
         key = _signature(func, args, kwargs) if _is_pure(func) else None
         if key is None:
             return _without_content(func, args, kwargs)
@@ -125,6 +131,15 @@ def _is_pure(func: Any) -> bool:
     return bool(schema.returns) and plain and all(part.alias_info is None for part in parts)
 
 
+def _on_one_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an operation, all on the device if any is."""
+    devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    if len(devices) < 2 or "meta" not in devices:
+        return args, kwargs
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(torch.Tensor, lambda t: t.to(META), (args, kwargs))
+    return moved
+
+
 def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What decides the shapes of an operation's results; None if it is not on meta tensors, or not known."""
     on_meta = False
@@ -151,6 +166,8 @@ def _without_content(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     first = args[0] if args else None
     if not isinstance(first, torch.Tensor) or first.device != META:
         return func(*args, **kwargs)
+    if func._overloadpacket in _FILLED:
+        return first
     if func is aten._local_scalar_dense.default:
         return first.dtype.is_floating_point and 1.0
     if func is aten.nonzero.default:
