@@ -16,6 +16,7 @@ from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.presets import ModelPreset, load_preset
 from flowbench.prompts import choose_prompts
 from flowbench.prompts.needs import check_run
+from flowbench.record import RANDOM
 from flowbench.registry import algorithms, rewards
 from flowbench.requirements import check_domain, check_judges, check_needs, check_warmup, check_window
 from flowbench.sections import EvaluationConfig, Section, TrainingConfig
@@ -194,7 +195,7 @@ def _brought(cls: type[Algorithm[Any]], preset: ModelPreset, reward: str) -> Def
     """What the algorithm itself brings for the model, or else for the one that the model is like."""
     from flowbench.algorithm import Defaults
 
-    for name in filter(None, (preset.name, preset.like)):
+    for name in filter(None, (preset.name.removesuffix(RANDOM), preset.like)):
         if name in cls.defaults:
             found = cls.defaults[name].on(reward)
             try:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
 
+RANDOM = " (random)"  # behind the name of a model whose weights are random: never part of a comparison
 PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy", "scipy")
 
 

@@ -15,11 +15,24 @@ from typing import Annotated
 import typer
 
 from flowbench import __version__
+from flowbench.cli import bench as cli_bench
+from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
 from flowbench.cli import testbed as cli_testbed
-from flowbench.cli.options import DeviceOption, OutputOption, PluginOption, PromptsOption, SettingsOption, TrackOption
+from flowbench.cli.options import (
+    DeviceOption,
+    JsonOption,
+    MemoryLimitOption,
+    OutputOption,
+    PluginOption,
+    PromptsOption,
+    RandomInitOption,
+    SettingsOption,
+    TflopsOption,
+    TrackOption,
+)
 from flowbench.errors import PeerError, RunError, RunInterruptedError, UsageError
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
@@ -53,16 +66,22 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     track: TrackOption = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its cost.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="With --dry-run: also compute memory and time.")] = False,
+    memory_limit: MemoryLimitOption = None,
+    tflops: TflopsOption = None,
+    random_init: RandomInitOption = False,
+    json_: JsonOption = None,
 ) -> None:
     """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
     from flowbench.cli.display import runs as display
     from flowbench.settings import parse_assignments
 
     given = parse_assignments(settings)
-    resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts)
+    resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts, random_init)
+    resolved, planned = cli_planning.planned(resolved, dry_run, memory, memory_limit, tflops, json_)
     trackers = api.choose_trackers(track)
     if dry_run:
-        display.dry_run(resolved)
+        display.dry_run(resolved, planned)
         return
     from flowbench.cli.display.progress import RunProgress
 
@@ -160,6 +179,7 @@ def leaderboard(
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
 app.command()(cli_probe.probe)
+app.command()(cli_bench.bench)
 
 
 @app.command()

@@ -19,3 +19,11 @@ TrackOption = Annotated[
     list[str],
     typer.Option("--track", metavar="NAME", help="Experiment tracker: tensorboard, wandb, trackio, ...; repeatable."),
 ]
+MemoryLimitOption = Annotated[
+    str | None, typer.Option(metavar="24GiB", help="Divide the work so that every phase fits; results stay the same.")
+]
+TflopsOption = Annotated[float | None, typer.Option(min=0.001, help="Throughput that times are computed with.")]
+RandomInitOption = Annotated[
+    bool, typer.Option("--random-init", help="The model's real configuration with random weights; to measure only.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")]

@@ -40,12 +40,15 @@ def resolve(
     config: str | Path | None = None,
     plugins: Sequence[str | Path] = (),
     prompts: str | None = None,
+    random_init: bool = False,
 ) -> RunConfig:
     """The full configuration of a run, from arguments as in `run`: they come before `config`, and that before defaults.
 
+    random_init: of the model with random weights, whose name ends with " (random)".
     Raises UsageError for an unknown name or key, a wrong type or range, or needs that sampler or reward cannot meet.
     """
     from flowbench.config import resolve_config
+    from flowbench.record import RANDOM
     from flowbench.requirements import warn_of_warmup
     from flowbench.settings import read_config_file
 
@@ -54,10 +57,13 @@ def resolve(
     given.pop("algorithm", None)
     plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
     budget = {} if images is None else {"training.images": images}
+    named = model or plain["model"] or MODEL
+    if random_init and not named.endswith(RANDOM):
+        named += RANDOM
     resolved = resolve_config(
         algorithm,
         reward or plain["reward"] or REWARD,
-        model or plain["model"] or MODEL,
+        named,
         overrides={**given, **(settings or {}), **budget},
         seed=seed if seed is not None else plain["seed"] or 0,
         device=device if device != DEVICE else plain["device"] or DEVICE,
@@ -129,14 +135,17 @@ def carry_out(
     Raises UsageError and RunError as `run` does.
     """
     from flowbench.experiments.run import Listener, execute, run_folder
+    from flowbench.record import RANDOM
+    from flowbench.scoring.checkpoints import random_weights
 
     folder, told = run_folder(Path(output), config), listener or Listener()
-    if not trackers:
-        return RunResult(execute(config, folder, command, resume, told), folder)
-    from flowbench.experiments.trackers import tracked
+    with random_weights(config.model.endswith(RANDOM)):
+        if not trackers:
+            return RunResult(execute(config, folder, command, resume, told), folder)
+        from flowbench.experiments.trackers import tracked
 
-    with tracked(trackers, config, folder, told) as told:
-        return RunResult(execute(config, folder, command, resume, told), folder)
+        with tracked(trackers, config, folder, told) as told:
+            return RunResult(execute(config, folder, command, resume, told), folder)
 
 
 def choose_trackers(names: Sequence[str]) -> tuple[str, ...]:

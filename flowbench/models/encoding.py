@@ -45,9 +45,10 @@ class EncodedTexts:
 def encodes_ahead(preset: ModelPreset, device: torch.device, asked: bool | None = None) -> bool:
     """Whether a model's prompts are encoded before the rest of it is loaded: where asked for, or by default on a GPU.
 
-    On a CPU the models are small, and their text encoders are loaded in less time than a cache is read.
+    On a CPU the models are small, and their text encoders are loaded in less time than a cache is read. Random weights
+    are not kept, and need no encoders.
     """
-    has_encoders = bool(family_class(preset.family).text_encoders)
+    has_encoders = not preset.random_init and bool(family_class(preset.family).text_encoders)
     return has_encoders and (device.type == "cuda" if asked is None else asked)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from flowbench.errors import UsageError
 from flowbench.evaluation.statistics import mean_ci95
-from flowbench.record import Record
+from flowbench.record import RANDOM, Record
 from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
 
 HEADLINE = ("oracle_exact", "oracle_soft", "diversity", "w2")
@@ -54,8 +54,9 @@ class Row:
 def rows(records: Sequence[Record], split: str) -> list[Row]:
     """One row per (model, reward, images, protocol, algorithm, configuration), best truth first.
 
-    Raises UsageError when there are no records, or none with that split.
+    Records of models with random weights are left out. Raises UsageError when there are no records, or none with that split.
     """
+    records = [record for record in records if not record.model.endswith(RANDOM)]
     if not records:
         raise UsageError("no records found; a finished run leaves one in its folder, see 'flowbench list runs'")
     groups: dict[tuple[str, str, int, str, str, str], list[Record]] = {}

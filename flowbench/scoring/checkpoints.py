@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+_RANDOM: ContextVar[bool] = ContextVar("random weights", default=False)
+
+
+@contextmanager
+def random_weights(wanted: bool = True) -> Iterator[None]:
+    """Within it, rewards are built with their real configuration and random weights, and no file is looked for."""
+    token = _RANDOM.set(wanted)
+    try:
+        yield
+    finally:
+        _RANDOM.reset(token)
+
+
+def are_random() -> bool:
+    """Whether weights are random here."""
+    return _RANDOM.get()
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -40,7 +60,7 @@ def find_file(reward: str, source: str, name: str, pickle: str | None = None, or
     Raises RunError with the remedy when it is nowhere.
     """
     place = Path(resolve_weights(source))
-    if place.is_file():
+    if place.is_file() or are_random():
         return place
     if found := _locate(place, source, name):
         return found
@@ -61,7 +81,7 @@ class Weights:
     def missing(self) -> str | None:
         """What to do, if none of the files is on this machine; None if one is."""
         place = Path(resolve_weights(self.source))
-        if place.is_file() or any(_locate(place, self.source, name) for name in self.names):
+        if are_random() or place.is_file() or any(_locate(place, self.source, name) for name in self.names):
             return None
         return remedy(self.source, self.pickle or self.names[0], self.origin)
 
@@ -108,6 +128,8 @@ def read_tensors(reward: str, path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if are_random():
+        return {}
     if path.name.endswith(PICKLES):
         raise RunError(_pickled(reward, path))
     try:
@@ -124,6 +146,10 @@ def load_pretrained(reward: str, kind: Any, source: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if are_random():
+        from flowbench.scoring.random_models import random_pretrained
+
+        return random_pretrained(reward, kind, source)
     place = resolve_weights(source)
     is_model = hasattr(kind, "base_model_prefix") or kind.__name__.startswith("AutoModel")
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
@@ -145,6 +171,8 @@ def load_strictly(reward: str, path: Path, module: nn.Module, tensors: Mapping[s
 
     Raises RunError that names the first deviation.
     """
+    if are_random():
+        return
     own = module.state_dict()
     where = f"reward '{reward}': '{path}'"
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())

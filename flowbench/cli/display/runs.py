@@ -12,11 +12,10 @@ from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.config import RunConfig
-from flowbench.models.families import family_entry
-from flowbench.models.presets import load_preset
 from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
 
 if TYPE_CHECKING:
+    from flowbench.experiments.planning.plan import Plan
     from flowbench.experiments.reevaluate import Evaluation
     from flowbench.record import Record, Score
 
@@ -24,22 +23,21 @@ CATEGORY_METRICS = ("oracle_exact", "oracle_soft")
 MARKS = {" *": "trained on", " °": "held out"}
 
 
-def dry_run(config: RunConfig) -> None:
-    """The resolved configuration and its estimated cost."""
-    preset, t = load_preset(config.model), config.training
+def dry_run(config: RunConfig, plan: Plan | None = None) -> None:
+    """The resolved configuration and its cost; with its memory and time if they were computed."""
+    from flowbench.experiments.planning.counts import count
+
     console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).strip(), highlight=False)
-    guidance = preset.guidance_scale if t.guidance_scale is None else t.guidance_scale
-    per_step = family_entry(preset.family).guided_evaluations if guidance > 1 else 1
-    per_image = (t.num_steps or preset.num_steps) * per_step
-    splits_ = len(config.evaluation.splits)
-    evaluation = 2 * splits_ * config.evaluation.prompts * config.evaluation.images_per_prompt
-    evaluated_at = config.evaluation.guidance_scale or preset.guidance_scale
-    evaluation *= 2 if evaluated_at > 1 and config.evaluation.unguided else 1
+    counts, t = count(config), config.training
     console.print(
-        f"cost: {t.images} training images ({t.images * per_image} function evaluations to sample them) in "
-        f"{t.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; "
-        f"at most {evaluation} images to evaluate"
+        f"cost: {t.images} training images ({counts.training.total} function evaluations to sample them) in "
+        f"{counts.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; "
+        f"{counts.evaluation_images} images to evaluate"
     )
+    if plan is not None:
+        from flowbench.cli.display.planning import show
+
+        show(plan)
 
 
 def scores(record: Record, folder: Path) -> None:

@@ -85,4 +85,8 @@ def load_pipeline(preset: ModelPreset, device: torch.device, parts: Parts = "all
 
     Raises UsageError for a pipeline of another family, RunError when its weights cannot be found or read.
     """
+    if preset.random_init:
+        from flowbench.models.families.random_init import random_pipeline
+
+        return random_pipeline(preset, device)
     return family_class(preset.family).load(preset, device, parts)

@@ -13,6 +13,7 @@ from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.families import family_entry
 from flowbench.models.presets.undescribed import described, find_pipeline, is_hub_id
 from flowbench.prompts import prompt_sets
+from flowbench.record import RANDOM
 
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
@@ -32,10 +33,11 @@ class ModelPreset(BaseModel):
     own defaults for the models that they know by name; like: the built-in model whose defaults they use if they do not
     know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on this
     model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
+    random_init: weights, also those of the rewards, are drawn at random instead of read; to measure, not to compare.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    added_later: ClassVar = frozenset({"cpu_dtype", "family", "sigma_spacing"})
+    added_later: ClassVar = frozenset({"cpu_dtype", "family", "random_init", "sigma_spacing"})
 
     name: str
     source: str
@@ -56,6 +58,7 @@ class ModelPreset(BaseModel):
     evaluation: dict[str, Any] = {}
     like: str | None = None
     algorithms: dict[str, dict[str, dict[str, Any]]] = {}
+    random_init: bool = False
 
     @field_validator("resolution")
     @classmethod
@@ -135,10 +138,14 @@ def preset_names() -> list[str]:
 def load_preset(name: str, resolve: bool = True) -> ModelPreset:
     """The preset of that name, of that YAML file, or of a pipeline's folder or hub id that no preset describes.
 
+    With " (random)" behind it: the same model with random weights.
+
     Paths in a file are relative to it: source, prompts, and arguments of rewards that name something beside the file
     become absolute, unless `resolve` is False (for a hash, which must not say where a file lies).
     Raises UsageError for an unknown name, a file that is no preset, or a pipeline that no family serves.
     """
+    if name.endswith(RANDOM):
+        return _with_random_weights(load_preset(name.removesuffix(RANDOM), resolve))
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         folder = find_pipeline(name, resolve_weights(name))
@@ -153,6 +160,12 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
     _check_names(preset, path)
     return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
+
+
+def _with_random_weights(preset: ModelPreset) -> ModelPreset:
+    if isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' is a formula and has no weights; run it without --random-init")
+    return preset.model_copy(update={"name": preset.name + RANDOM, "random_init": True})
 
 
 def _check_names(preset: ModelPreset, path: Path) -> None:

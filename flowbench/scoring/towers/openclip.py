@@ -12,7 +12,7 @@ import torch
 
 from flowbench.errors import RunError, UsageError
 from flowbench.models.presets import EMBEDDED, resolve_weights
-from flowbench.scoring.checkpoints import Weights, brief, load_strictly, read_tensors
+from flowbench.scoring.checkpoints import Weights, are_random, brief, load_strictly, read_tensors
 
 
 @contextmanager
@@ -97,7 +97,11 @@ def load_towers(reward: str, name: str, tag: str | None, device: torch.device) -
         raise UsageError(f"reward '{reward}': open_clip knows no model '{name}', and it is no folder")
     try:
         with _quiet():
-            model = open_clip.create_model(source, where, device=device, require_pretrained=True)
+            if are_random():
+                with torch.device(device):
+                    model = open_clip.create_model(source, device=device, load_weights=False)
+            else:
+                model = open_clip.create_model(source, where, device=device, require_pretrained=True)
             return ClipTowers(model, open_clip.get_tokenizer(source), device)
     except (OSError, RuntimeError, ValueError) as error:
         fetch = f"fetch them with 'hf download {hub_id}', put that folder below FLOWBENCH_WEIGHTS, or "

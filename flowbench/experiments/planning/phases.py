@@ -1,0 +1,448 @@
+"""The parts of a run on meta tensors: what each needs and computes, per image or row, through flowbench's own classes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flowbench.algorithm import Algorithm, Batch
+from flowbench.config import RunConfig
+from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.planning.storages import META, Meter, simulated
+from flowbench.models.families.random_init import assemble, blueprint, network
+from flowbench.models.policy import Policy, Tuning
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.models.texts import ENCODED_AT_A_TIME
+from flowbench.registry import algorithms, rewards
+from flowbench.reward import Reward
+from flowbench.rollout import Conditioning, Rollout
+from flowbench.scoring.checkpoints import random_weights
+from flowbench.scoring.combination import WeightedSum
+from flowbench.terms import term_names
+from flowbench.training.rows import Cut, drawn
+
+LATE = 10**6  # an iteration after every warm-up
+FEW = 2  # images per prompt of a small rollout; as few as an algorithm that compares them needs
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Bytes of a part of the work as a linear function of how much of it is done at a time.
+
+    fixed: of nothing; each: of one image or row more; flops: operations of one.
+    """
+
+    fixed: float
+    each: float
+    flops: float = 0.0
+
+    def at(self, n: int) -> int:
+        """Bytes of n images or rows."""
+        return round(self.fixed + self.each * n)
+
+    def most(self, room: float) -> int:
+        """How many fit into `room` bytes; 0 if none does."""
+        if self.each <= 0:
+            return 2**30 if self.fixed <= room else 0
+        return max(0, int((room - self.fixed) / self.each))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the parts of a run need, in bytes, and compute.
+
+    model: transformer with its views, VAE, optimizer and the algorithm's own networks; gradients: of what is trained;
+    reward: of the run; encoders: of each text encoder, with `encode` for the texts; judges: each judge, with its slope.
+    step: one sampler step of an image in training, with `states` bytes kept per image; free: one without guidance.
+    update: one row; evaluations: function evaluations of a row by weight view; scored: reward calls of a row;
+    rows: rows per image and pass; evaluation: one step of an image in evaluation; pixels: one image in float32.
+    """
+
+    model: int
+    gradients: int
+    reward: int
+    encoders: dict[str, int]
+    encode: Slope
+    step: Slope
+    free: Slope
+    states: int
+    decode: Slope
+    score: Slope
+    update: Slope
+    evaluations: dict[str, float]
+    scored: float
+    rows: float
+    judges: dict[str, tuple[int, Slope]]
+    pixels: int
+    smallest: int = 1
+
+
+def measure(config: RunConfig) -> Needs:
+    """What a run of this configuration needs on a GPU, by running one slice of each part without content.
+
+    Raises UsageError for a model whose configuration is unknown, or that has no weights.
+    """
+    with random_weights(), simulated() as meter:
+        dry = _Dry(config, meter)
+        gc.freeze()  # else each look for garbage, between two measurements, takes a second
+        try:
+            return dry.needs()
+        finally:
+            gc.unfreeze()
+
+
+class _Dry:
+    """The objects of a run on meta tensors."""
+
+    def __init__(self, config: RunConfig, meter: Meter) -> None:
+        self.config, self.meter = config, meter
+        self.preset: ModelPreset = load_preset(config.model)
+        training, dtype = config.training, getattr(torch, self.preset.dtype)
+        pipeline = assemble(self.preset, dtype, lambda: META)
+        with META:
+            self.policy = Policy(
+                pipeline,
+                self.preset,
+                Tuning(training.tuning, training.lora_rank, training.lora_alpha),
+                META,
+                sampler=training.sampler,
+                eta=training.eta,
+                gradient_checkpointing=training.gradient_checkpointing,
+                num_steps=training.num_steps,
+                guidance_scale=training.guidance_scale,
+            )
+        self.reward = self._built(config.reward)
+        self.scored = 0
+        cls = algorithms.get(config.algorithm).cls
+        self.algorithm: Algorithm[Any] = cls(cls.Config.model_validate(config.hyperparameters), self._score)
+        with META:
+            self.algorithm.setup(self.policy)
+            for network_ in self.algorithm.networks().values():
+                network_.to(META)
+        if plan := self.algorithm.plan().sampler:
+            from flowbench.models.flow import get_sampler
+
+            self.policy.sampler = get_sampler(plan)
+        if training.anchor_decay is not None:
+            self.policy.add_view("anchor")
+
+    def _built(self, name: str) -> _Scorer:
+        with META:
+            return _Scorer(build_reward(name, self.preset, META))
+
+    def _score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        self.scored += len(prompts)
+        return self.reward.score(images)
+
+    # --- all of it ------------------------------------------------------------------------------------------------
+
+    def needs(self) -> Needs:
+        """What everything needs."""
+        trained = self.policy.trainable_parameters()
+        own = [p for network_ in self.algorithm.networks().values() for p in network_.parameters()]
+        gradients = sum(p.numel() * p.element_size() for p in (*trained, *own))
+        averaged = sum(p.numel() * p.element_size() for p in trained) * bool(self.config.training.ema)
+        model = self._bytes(*self.policy.family.modules(), *self.policy.views.modules(), *self.algorithm.networks().values())
+        guided, preset = self.policy._scale(None), self.preset
+        evaluated = self.config.evaluation.guidance_scale or preset.guidance_scale
+        steps = {scale: self._step(scale) for scale in dict.fromkeys((guided, evaluated, 1.0))}
+        update, evaluations, scored, smallest = self._update()
+        _, c = self._rollout(2, 1, self.policy.latent_shape), self.policy.latent_shape
+        keeps = bool(self.algorithm.needs() & {"states", "log_prob"}) + self.algorithm.plan().keep_steps
+        decode = self._slope(self._decode)
+        encoders, encode = self._encoders()
+        return Needs(
+            # AdamW keeps two numbers for each that is trained
+            model=model + 2 * gradients + averaged,
+            gradients=gradients,
+            reward=self.reward.bytes(self._bytes),
+            encoders=encoders,
+            encode=encode,
+            step=steps[max(guided, evaluated)],
+            free=steps[1.0],
+            states=keeps * 2 * 4 * (self.policy.num_steps + 1) * c[0] * c[1] * c[2],  # kept in a list, then stacked
+            decode=decode,
+            score=self._slope(self._scored(self.reward)),
+            update=update,
+            evaluations=evaluations,
+            scored=scored,
+            rows=self._rows_per_image(),
+            judges=self._judges(),
+            pixels=self._pixels(),
+            smallest=smallest,
+        )
+
+    def _bytes(self, *modules: torch.nn.Module) -> int:
+        storages = [t.untyped_storage() for m in modules for t in (*m.parameters(), *m.buffers())]
+        return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+    def _slope(self, work: Callable[[int], Callable[[], object]], few: int = 2, more: int = 6) -> Slope:
+        """The peak of work(n)() above what lives before it, at two sizes; what work(n) prepares is not counted."""
+        peaks, flops = [], 0.0
+        for n in (few, more):
+            prepared = work(n)
+            gc.collect()
+            before = self.meter.live
+            self.meter.start()
+            kept = prepared()
+            peaks.append(self.meter.peak - before)
+            flops = self.meter.flops / n
+            del kept, prepared
+        each = (peaks[1] - peaks[0]) / (more - few)
+        return Slope(peaks[0] - few * each, each, flops)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _conditioning(self, n: int) -> Conditioning:
+        return self.policy.encode([f"{k}" for k in range(n)])
+
+    def _step(self, scale: float) -> Slope:
+        def work(n: int) -> Callable[[], object]:
+            cond, noise = self._conditioning(n), self.policy.draw_noise(n)
+            return lambda: self.policy.rollout(
+                cond, noise, sampler=self.policy.sampler, num_steps=1, guidance_scale=scale
+            )
+
+        return self._slope(work)
+
+    def _latents(self, n: int) -> torch.Tensor:
+        return torch.empty(n, *self.policy.latent_shape, device=META)
+
+    def _images(self, n: int) -> torch.Tensor:
+        return torch.empty(n, *self._image_shape, device=META)
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        with torch.no_grad():
+            return tuple(self.policy.decode(self._latents(1)).shape[1:])  # type: ignore[return-value]
+
+    def _pixels(self) -> int:
+        c, h, w = self._image_shape
+        return 4 * c * h * w
+
+    def _decode(self, n: int) -> Callable[[], object]:
+        x = self._latents(n)
+
+        def decode() -> object:
+            with torch.no_grad():
+                return self.policy.decode(x)
+
+        return decode
+
+    def _scored(self, scorer: _Scorer) -> Callable[[int], Callable[[], object]]:
+        def work(n: int) -> Callable[[], object]:
+            images = self._images(n)
+
+            def score() -> object:
+                with torch.no_grad():
+                    return scorer.score(images)
+
+            return score
+
+        return work
+
+    def _judges(self) -> dict[str, tuple[int, Slope]]:
+        chosen, trained = self.config.evaluation.judges, term_names(self.config.reward)
+        found = {}
+        for name in self.preset.rewards if chosen is None else chosen:
+            info = rewards.describe(name)
+            if info.domain != "images" or info.truth or name in trained:
+                continue
+            judge = self._built(name)
+            found[name] = (judge.bytes(self._bytes), self._slope(self._scored(judge), 1, 3))
+        return found
+
+    def _encoders(self) -> tuple[dict[str, int], Slope]:
+        """Bytes of each text encoder, and of what encoding adds."""
+        plan, left_out = blueprint(self.preset), self.policy.family.left_out(self.preset)
+        parts = {n: p for n, p in plan.parts.items() if n.startswith("text_encoder") and n not in left_out}
+        dtype = getattr(torch, self.preset.dtype)
+        made = {name: network(part, dtype, lambda: META) for name, part in parts.items()}
+        largest = max(made, key=lambda name: self._bytes(made[name]))
+        length = self.preset.max_sequence_length if largest == "text_encoder_3" else 77
+
+        def work(n: int) -> Callable[[], object]:
+            ids = torch.zeros(n, length, dtype=torch.int64, device=META)
+
+            def encode() -> object:
+                with torch.no_grad():
+                    return made[largest](ids)
+
+            return encode
+
+        return {name: self._bytes(module) for name, module in made.items()}, self._slope(work)
+
+    # --- update ---------------------------------------------------------------------------------------------------
+
+    def _rollout(self, prompts: int, each: int, shape: tuple[int, ...]) -> Rollout:
+        """A rollout on the host, of zeros, with rewards that differ."""
+        n, steps = prompts * each, self.policy.num_steps
+        needs, latents = self.algorithm.needs(), (n, steps + 1, *shape)
+        group = torch.arange(prompts).repeat_interleave(each)
+        sampled = "log_prob" in needs
+        cond = self._conditioning(prompts)
+        texts = [f"{int(g)}" for g in group]
+        return Rollout(
+            iteration=LATE,
+            prompts=tuple(texts),
+            group=group,
+            cond=Conditioning({k: torch.zeros(t.shape, dtype=t.dtype) for k, t in cond.tensors.items()}, group.clone()),
+            sigmas=self.policy.family.sigmas(steps),
+            x0=torch.zeros(n, *shape),
+            images=torch.zeros(n, 3, 1, 1),
+            reward=torch.linspace(0, 1, n),
+            states=torch.zeros(latents) if needs & {"states", "log_prob"} else None,
+            log_prob=torch.zeros(n, steps) if sampled else None,
+            step_mean=torch.zeros(n, steps, *shape) if self.algorithm.plan().keep_steps else None,
+            step_std=torch.ones(n, steps) if self.algorithm.plan().keep_steps else None,
+        )
+
+    def _prepared(self, prompts: int, each: int, shape: tuple[int, ...]) -> Batch:
+        with self._on_host():
+            batch = self.algorithm.prepare(self._rollout(prompts, each, shape))
+            return drawn(self.algorithm, self.policy, batch, self.config.training.shared_noise)
+
+    @contextmanager
+    def _on_host(self) -> Iterator[None]:
+        """The policy draws on the host, for rows that are made there."""
+        device, self.policy.device = self.policy.device, torch.device("cpu")
+        try:
+            yield
+        finally:
+            self.policy.device = device
+
+    def _rows_per_image(self) -> float:
+        each = self.config.training.images_per_prompt
+        with self._on_host():
+            batch = self.algorithm.prepare(self._rollout(2, each, self.policy.latent_shape if each <= 4 else (1, 1, 1)))
+        return len(batch) / (2 * each)
+
+    def _update(self) -> tuple[Slope, dict[str, float], float, int]:
+        """The slope of a microbatch with its backward pass; evaluations by view and reward calls of a row."""
+        counted: dict[str, float] = {}
+        smallest = self.config.training.images_per_prompt if self.algorithm.whole_groups else 1
+        few, more = (1, 3) if smallest == 1 else (smallest, 2 * smallest)
+        each = FEW if smallest == 1 else smallest
+        batch = self._prepared(max(more, 2), each, self.policy.latent_shape)
+        self.scored = 0
+
+        def work(n: int) -> Callable[[], object]:
+            rows = batch.select(torch.arange(n))
+            with _counting(self.policy, counted):
+                measured = self.algorithm.measure(self.policy, _on_meta(rows))
+                compared = self.algorithm.compare({k: torch.rand(v.shape) for k, v in measured.items()})
+            given = _on_meta(replace(rows, scalars={**rows.scalars, **compared.scalars}))
+
+            def step() -> None:
+                with self.policy.anchored(), _counting(self.policy, counted):
+                    loss = self.algorithm.loss(self.policy, given)
+                sum((p.mean() for p in (loss.policy, loss.auxiliary) if p is not None)).backward()  # type: ignore[union-attr]
+                for p in (*self.policy.trainable_parameters(), *self._own()):
+                    p.grad = None
+
+            return step
+
+        slope, rows = self._slope(work, few, more), few + more
+        return slope, {view: n / rows for view, n in counted.items()}, self.scored / rows, smallest
+
+    def _own(self) -> list[torch.nn.Parameter]:
+        return [p for network_ in self.algorithm.networks().values() for p in network_.parameters()]
+
+
+class _Scorer:
+    """A reward on meta images, which have no pixels that PIL could read."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.parts = [part for part in reward.parts().values()] if isinstance(reward, WeightedSum) else [reward]
+        for part in self.parts:
+            for name, value in list(vars(part).items()):
+                if hasattr(value, "differentiable") and hasattr(value, "size"):
+                    setattr(part, name, _ShapesOnly(value))
+
+    def score(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores (B,); one that is not computed by tensors, or elsewhere, costs nothing here."""
+        total = torch.zeros(len(images), device=images.device)
+        for part in self.parts:
+            if modules_of(part):
+                total = total + part.score(images, ("a photo",) * len(images)).float()
+        return total
+
+    def bytes(self, count: Callable[..., int]) -> int:
+        """Bytes of all networks."""
+        return count(*(module for part in self.parts for module in modules_of(part)))
+
+
+class _ShapesOnly:
+    """A reward's preprocessing; the path of 8-bit pictures gives its shape alone."""
+
+    def __init__(self, preprocessing: Any) -> None:
+        self._true = preprocessing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._true, name)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and images.requires_grad:
+            return self._true.differentiable(images)  # type: ignore[no-any-return]
+        return images.new_empty(len(images), 3, self._true.size, self._true.size)
+
+
+def modules_of(reward: Reward) -> list[torch.nn.Module]:
+    """The networks that a reward holds, itself or in an object of its own."""
+    found = []
+    for value in vars(reward).values():
+        inner = value if isinstance(value, torch.nn.Module) else getattr(value, "model", None)
+        if isinstance(inner, torch.nn.Module):
+            found.append(inner)
+    return found
+
+
+@contextmanager
+def _counting(policy: Policy, counted: dict[str, float]) -> Iterator[None]:
+    """Within it, function evaluations of the policy are added up by weight view."""
+    names = ("velocity", "guided_velocity", "velocity_and_hidden")
+    depth = 0
+
+    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current", *a: Any, **k: Any) -> Any:
+            nonlocal depth
+            before, depth = policy.function_evaluations, depth + 1
+            try:
+                return method(x, sigma, cond, weights, *a, **k)
+            finally:
+                depth -= 1
+                if not depth:
+                    counted[weights] = counted.get(weights, 0) + policy.function_evaluations - before
+
+        return call
+
+    for name in names:
+        setattr(policy, name, wrapped(getattr(policy, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(policy, name)
+
+
+def _on_meta(batch: Batch) -> Batch:
+    """The same rows without content, on the device."""
+    fetch = getattr(batch, "fetched", None)
+    batch = fetch() if fetch else batch
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        return torch.empty(value.shape, dtype=value.dtype, device=META)
+
+    tensors = {name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    cond = Conditioning({k: moved(t) for k, t in batch.cond.tensors.items()}, moved(batch.cond.index))
+    return replace(batch, cond=cond, scalars={k: moved(v) for k, v in batch.scalars.items()}, **tensors)
+
+
+def plannable(preset: ModelPreset) -> bool:
+    """Whether a model has memory to plan."""
+    return not isinstance(preset, AnalyticPreset)
