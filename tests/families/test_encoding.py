@@ -18,7 +18,7 @@ from diffusers import SD3Transformer2DModel
 from transformers import PreTrainedModel
 
 from flowbench.config import RunConfig, resolve_config
-from flowbench.experiments.run import build_policy, execute
+from flowbench.experiments.run import Listener, build_policy, execute
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy
@@ -134,12 +134,17 @@ def test_a_runs_transformer_is_made_when_no_text_encoder_is_left_and_a_second_ru
     config: Callable[..., RunConfig], live: Live, tmp_path: Path
 ) -> None:
     chosen = config(training__encode_first=True)
-    first = execute(chosen, tmp_path / "first", "", resume=False)
+    execute(chosen, tmp_path / "first", "", resume=False)
     assert live.loaded == 3
     assert live.beside_transformer == [0]
-    second = execute(chosen, tmp_path / "second", "", resume=False)
+
+    def begun(iteration: int, iterations: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(chosen, tmp_path / "second", "", resume=False, listener=Listener(on_start=begun))
     assert live.loaded == 3
-    assert second.per_prompt == first.per_prompt
+    assert live.beside_transformer == [0, 0]
 
 
 def test_encoding_first_changes_neither_a_runs_hash_nor_its_weights(
