@@ -167,6 +167,7 @@ def test_one_process_is_given_back_what_it_gave():
     x, parameter = torch.randn(3), torch.nn.Parameter(torch.randn(2))
     assert ALONE.gather(x) is x
     assert ALONE.objects("a", "here") == ["a"]
+    assert ALONE.from_main("b") == "b"
     assert ALONE.total((1, 2)) == [1, 2]
     assert ALONE.add_gradients([parameter], 5) == [5]
     assert parameter.grad is None

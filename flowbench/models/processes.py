@@ -90,6 +90,10 @@ class Processes:
         """
         self.objects(None, "wait")
 
+    def from_main(self, value: T) -> T:
+        """What main gave: for what each process would find for itself, and may find otherwise."""
+        return self.objects(value, "from main")[0]
+
     def any(self, flag: bool) -> bool:
         """Whether one of them says so."""
         return any(self.objects(flag, "any"))
