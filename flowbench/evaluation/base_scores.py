@@ -31,8 +31,6 @@ from flowbench.scoring.visitor import Visitor
 # What an evaluation imports, by the rule of rooms; algorithms and training are not among it.
 ROOMS = ("evaluation", "models", "prompts", "scoring", "testbeds")
 UNREAD = ("name", "source", "licence", "prompts", "rewards", "training", "evaluation", "like", "algorithms")
-# Of the training's settings, those that decide how the frozen base model is computed.
-NUMERICS = ("tuning", "compile", "rollout_dtype")
 
 
 class BaseScores:
@@ -79,6 +77,7 @@ class BaseScores:
             "preset": policy.preset.model_dump(mode="json", exclude=set(UNREAD)),
             "processes": policy.processes.count,  # which divide the batches
             "tuning": policy.tuning.kind,
+            "compiled": policy.compiled,
             "dtype": str(policy.model_dtype),
             "protocol": {**protocol, "decode_batch": decode_batch(policy, config)},
             "judges": known,

@@ -74,6 +74,11 @@ class Policy(Velocities):
         return self.family.transformer
 
     @property
+    def compiled(self) -> bool:
+        """Whether the transformer's blocks are compiled, and so round otherwise."""
+        return self._compiler is not None
+
+    @property
     def model_dtype(self) -> torch.dtype:
         """The dtype of the transformer's weights."""
         return self.family.model_dtype
