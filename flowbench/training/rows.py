@@ -12,6 +12,7 @@ from flowbench.algorithm import Algorithm
 from flowbench.errors import RunError
 from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
+from flowbench.models.processes import ALONE, Processes
 from flowbench.rollout import Batch, Compared
 from flowbench.stored import HOST, StoredRows
 from flowbench.training.processes import gathered_scalars
@@ -87,11 +88,12 @@ def compared(
     cut: Cut,
     portion: Portion | None = None,
     own: torch.Tensor | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Batch, Compared]:
     """The rows of a minibatch with the scalars that `compare` gives each of them, and what it says for the log.
 
-    portion: in place of the cut's size, where one is remembered; own: the rows that this process measures, the others'
-    being those of other processes; default: all.
+    portion: in place of the cut's size, where one is remembered; own: the rows that this process measures, by
+    default all; the others are those of the other `processes`.
     """
     scalars: Mapping[str, torch.Tensor] = {}
     if type(algorithm).measure is not Algorithm.measure:  # else no rows need be fetched
@@ -99,7 +101,7 @@ def compared(
         portion = portion or Portion(UPDATE, cut.size, "rows")
         measure = partial(_measured, algorithm, policy, batch, rows)
         measured = [*portion.map(measure, len(rows), cut.groups(batch, rows))]
-        scalars = gathered_scalars(policy.processes, measured)
+        scalars = gathered_scalars(processes, measured)
     result = algorithm.compare(scalars)
     return replace(batch, scalars={**batch.scalars, **result.scalars}), result
 

@@ -76,11 +76,11 @@ class Updater:
         own = self._own(batch)
         portion = self.portion if microbatch == self.config.training.microbatch else Portion(UPDATE, microbatch, "rows")
         cut = Cut(portion.size or len(batch), self.algorithm.whole_groups)
+        processes = self.policy.processes
         with self.policy.anchored():
-            batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion, own)
+            batch, comparison = compared(self.algorithm, self.policy, batch, cut, portion, own, processes)
             metrics, updates_policy = self._accumulate(batch, own, portion, self.algorithm.loss)
         parameters = [*self.parameters, *self.auxiliary_parameters]
-        processes = self.policy.processes
         told = processes.add_gradients(parameters, (told_means(processes, metrics.parts), updates_policy))
         metrics.parts = joined_means([parts for parts, _ in told])
         for name, value in comparison.metrics.items():
