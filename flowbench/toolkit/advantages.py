@@ -42,7 +42,9 @@ class PromptBuffer:
         """
         r = rollout.reward.double()
         for prompt, reward in zip(rollout.prompts, r.tolist(), strict=True):
-            self.rewards[prompt] = [*self.rewards.get(prompt, []), reward][-self.size :]
+            kept = self.rewards.setdefault(prompt, [])
+            kept.append(reward)
+            del kept[: -self.size]
         everyone = r.mean().item(), r.std(correction=0).item()
         stats = {prompt: self._own(prompt) or everyone for prompt in set(rollout.prompts)}
         mean, std = r.new_tensor([stats[prompt] for prompt in rollout.prompts]).unbind(1)
