@@ -96,3 +96,12 @@ def test_a_reference_of_plain_pil_gives_the_same_pixels():
 def test_normalisation_is_per_channel():
     x = torch.rand(2, 3, 4, 4)
     assert torch.allclose(normalize(x, (0.5, 0.0, 0.1), (0.5, 2.0, 1.0))[:, 1], x[:, 1] / 2)
+
+
+def test_threads_change_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(5, 3, 40, 32, generator=torch.Generator().manual_seed(0))
+    preprocess, found = Preprocessing(24, crop_shortest_side), []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(preprocess.reported(images))
+    assert torch.equal(*found)

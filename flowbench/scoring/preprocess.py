@@ -8,6 +8,7 @@ Each step below works on both, so that the geometry cannot differ.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -77,7 +78,11 @@ class Preprocessing:
 
     def reported(self, images: torch.Tensor) -> torch.Tensor:
         """By way of 8-bit PIL images, as the models' own packages read files."""
-        return torch.stack([self.from_pil(picture) for picture in to_pil(images)]).to(images.device)
+        pictures, threads = to_pil(images), torch.get_num_threads()
+        if threads == 1 or len(pictures) == 1:
+            return torch.stack([self.from_pil(picture) for picture in pictures]).to(images.device)
+        with ThreadPoolExecutor(threads) as pool:  # PIL resizes outside of Python's lock
+            return torch.stack([*pool.map(self.from_pil, pictures)]).to(images.device)
 
     def from_pil(self, picture: Image.Image) -> torch.Tensor:
         """One picture of any mode, (3, size, size)."""
