@@ -72,6 +72,13 @@ CASES = {
         2,
         "reward 'jpeg' has none, use for example 'clip'",
     ),
+    "bench": Case(
+        ["--images", "4", "--repeats", "1", "--set", "training.num_steps=1", "--set", "evaluation.num_steps=1"],
+        "of matmul",
+        ["--images", "5"],
+        2,
+        "must be a multiple of 4",
+    ),
     "doctor": Case([], "device", ["--absent"], 2, "No such option"),
     "testbed build": Case(
         ["--only", "clip", "--work", "work", "--output", "built"],

@@ -236,9 +236,11 @@ class _Bench:
         cond, noise = policy.encode(texts), policy.draw_noise(self.images)
         found = {}
         x0, *found["rollout"] = self._count(
-            lambda: policy.rollout(
-                cond, noise, sampler=policy.sampler, num_steps=policy.num_steps, guidance_scale=t.guidance_scale
-            ).x0
+            lambda: (
+                policy.rollout(
+                    cond, noise, sampler=policy.sampler, num_steps=policy.num_steps, guidance_scale=t.guidance_scale
+                ).x0
+            )
         )
         with torch.no_grad():
             images, *found["decode"] = self._count(

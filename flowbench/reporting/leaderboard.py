@@ -54,7 +54,8 @@ class Row:
 def rows(records: Sequence[Record], split: str) -> list[Row]:
     """One row per (model, reward, images, protocol, algorithm, configuration), best truth first.
 
-    Records of models with random weights are left out. Raises UsageError when there are no records, or none with that split.
+    Records of models with random weights are left out.
+    Raises UsageError when there are no records, or none with that split.
     """
     records = [record for record in records if not record.model.endswith(RANDOM)]
     if not records:

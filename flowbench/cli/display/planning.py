@@ -37,7 +37,8 @@ def _memory(plan: Plan) -> Table:
     for phase in plan.phases:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phase.resident.items())
         resident = sum(phase.resident.values()) / GIB
-        table.add_row(phase.name, f"{resident:.1f}", parts, f"{phase.slice / GIB:.1f}", phase.detail, f"{phase.peak / GIB:.1f}")
+        peak = f"{phase.peak / GIB:.1f}"
+        table.add_row(phase.name, f"{resident:.1f}", parts, f"{phase.slice / GIB:.1f}", phase.detail, peak)
     return table
 
 
@@ -59,7 +60,7 @@ def _table(title: str, headings: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         words = heading in ("phase", "purpose", "")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=not heading == "")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "")
     return table
 
 

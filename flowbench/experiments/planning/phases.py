@@ -1,11 +1,11 @@
-"""The parts of a run on meta tensors: what each needs and computes, per image or row, through flowbench's own classes."""
+"""The parts of a run on meta tensors: what each needs and computes, per image or row, by flowbench's own classes."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,73 +13,21 @@ import torch
 from flowbench.algorithm import Algorithm, Batch
 from flowbench.config import RunConfig
 from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.planning.needs import Needs, Slope
+from flowbench.experiments.planning.stand_ins import Scorer, counting, on_meta
 from flowbench.experiments.planning.storages import META, Meter, simulated
 from flowbench.models.families.random_init import assemble, blueprint, network
+from flowbench.models.flow import get_sampler
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
-from flowbench.models.texts import ENCODED_AT_A_TIME
 from flowbench.registry import algorithms, rewards
-from flowbench.reward import Reward
 from flowbench.rollout import Conditioning, Rollout
 from flowbench.scoring.checkpoints import random_weights
-from flowbench.scoring.combination import WeightedSum
 from flowbench.terms import term_names
-from flowbench.training.rows import Cut, drawn
+from flowbench.training.rows import drawn
 
 LATE = 10**6  # an iteration after every warm-up
 FEW = 2  # images per prompt of a small rollout; as few as an algorithm that compares them needs
-
-
-@dataclass(frozen=True)
-class Slope:
-    """Bytes of a part of the work as a linear function of how much of it is done at a time.
-
-    fixed: of nothing; each: of one image or row more; flops: operations of one.
-    """
-
-    fixed: float
-    each: float
-    flops: float = 0.0
-
-    def at(self, n: int) -> int:
-        """Bytes of n images or rows."""
-        return round(self.fixed + self.each * n)
-
-    def most(self, room: float) -> int:
-        """How many fit into `room` bytes; 0 if none does."""
-        if self.each <= 0:
-            return 2**30 if self.fixed <= room else 0
-        return max(0, int((room - self.fixed) / self.each))
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the parts of a run need, in bytes, and compute.
-
-    model: transformer with its views, VAE, optimizer and the algorithm's own networks; gradients: of what is trained;
-    reward: of the run; encoders: of each text encoder, with `encode` for the texts; judges: each judge, with its slope.
-    step: one sampler step of an image in training, with `states` bytes kept per image; free: one without guidance.
-    update: one row; evaluations: function evaluations of a row by weight view; scored: reward calls of a row;
-    rows: rows per image and pass; evaluation: one step of an image in evaluation; pixels: one image in float32.
-    """
-
-    model: int
-    gradients: int
-    reward: int
-    encoders: dict[str, int]
-    encode: Slope
-    step: Slope
-    free: Slope
-    states: int
-    decode: Slope
-    score: Slope
-    update: Slope
-    evaluations: dict[str, float]
-    scored: float
-    rows: float
-    judges: dict[str, tuple[int, Slope]]
-    pixels: int
-    smallest: int = 1
 
 
 def measure(config: RunConfig) -> Needs:
@@ -125,15 +73,13 @@ class _Dry:
             for network_ in self.algorithm.networks().values():
                 network_.to(META)
         if plan := self.algorithm.plan().sampler:
-            from flowbench.models.flow import get_sampler
-
             self.policy.sampler = get_sampler(plan)
         if training.anchor_decay is not None:
             self.policy.add_view("anchor")
 
-    def _built(self, name: str) -> _Scorer:
+    def _built(self, name: str) -> Scorer:
         with META:
-            return _Scorer(build_reward(name, self.preset, META))
+            return Scorer(build_reward(name, self.preset, META))
 
     def _score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         self.scored += len(prompts)
@@ -147,12 +93,15 @@ class _Dry:
         own = [p for network_ in self.algorithm.networks().values() for p in network_.parameters()]
         gradients = sum(p.numel() * p.element_size() for p in (*trained, *own))
         averaged = sum(p.numel() * p.element_size() for p in trained) * bool(self.config.training.ema)
-        model = self._bytes(*self.policy.family.modules(), *self.policy.views.modules(), *self.algorithm.networks().values())
-        guided, preset = self.policy._scale(None), self.preset
-        evaluated = self.config.evaluation.guidance_scale or preset.guidance_scale
-        steps = {scale: self._step(scale) for scale in dict.fromkeys((guided, evaluated, 1.0))}
+        networks = self.algorithm.networks().values()
+        model = self._bytes(*self.policy.family.modules(), *self.policy.views.modules(), *networks)
+        guided = next(s for s in (self.config.training.guidance_scale, self.preset.guidance_scale) if s is not None)
+        evaluated = self.config.evaluation.guidance_scale or self.preset.guidance_scale
+        largest = max(guided, evaluated)
+        step = self._step(largest)
+        free = self._step(1.0) if largest > 1 else step
         update, evaluations, scored, smallest = self._update()
-        _, c = self._rollout(2, 1, self.policy.latent_shape), self.policy.latent_shape
+        c = self.policy.latent_shape
         keeps = bool(self.algorithm.needs() & {"states", "log_prob"}) + self.algorithm.plan().keep_steps
         decode = self._slope(self._decode)
         encoders, encode = self._encoders()
@@ -163,8 +112,8 @@ class _Dry:
             reward=self.reward.bytes(self._bytes),
             encoders=encoders,
             encode=encode,
-            step=steps[max(guided, evaluated)],
-            free=steps[1.0],
+            step=step,
+            free=free,
             states=keeps * 2 * 4 * (self.policy.num_steps + 1) * c[0] * c[1] * c[2],  # kept in a list, then stacked
             decode=decode,
             score=self._slope(self._scored(self.reward)),
@@ -234,7 +183,7 @@ class _Dry:
 
         return decode
 
-    def _scored(self, scorer: _Scorer) -> Callable[[int], Callable[[], object]]:
+    def _scored(self, scorer: Scorer) -> Callable[[int], Callable[[], object]]:
         def work(n: int) -> Callable[[], object]:
             images = self._images(n)
 
@@ -263,8 +212,13 @@ class _Dry:
         parts = {n: p for n, p in plan.parts.items() if n.startswith("text_encoder") and n not in left_out}
         dtype = getattr(torch, self.preset.dtype)
         made = {name: network(part, dtype, lambda: META) for name, part in parts.items()}
+        if not made:
+            return {}, Slope(0, 0)
         largest = max(made, key=lambda name: self._bytes(made[name]))
-        length = self.preset.max_sequence_length if largest == "text_encoder_3" else 77
+        of_clip = parts[largest].cls.startswith("CLIP")
+        length = (
+            parts[largest].config.get("max_position_embeddings", 77) if of_clip else self.preset.max_sequence_length
+        )
 
         def work(n: int) -> Callable[[], object]:
             ids = torch.zeros(n, length, dtype=torch.int64, device=META)
@@ -333,15 +287,15 @@ class _Dry:
 
         def work(n: int) -> Callable[[], object]:
             rows = batch.select(torch.arange(n))
-            with _counting(self.policy, counted):
-                measured = self.algorithm.measure(self.policy, _on_meta(rows))
+            with counting(self.policy, counted):
+                measured = self.algorithm.measure(self.policy, on_meta(rows))
                 compared = self.algorithm.compare({k: torch.rand(v.shape) for k, v in measured.items()})
-            given = _on_meta(replace(rows, scalars={**rows.scalars, **compared.scalars}))
+            given = on_meta(replace(rows, scalars={**rows.scalars, **compared.scalars}))
 
             def step() -> None:
-                with self.policy.anchored(), _counting(self.policy, counted):
+                with self.policy.anchored(), counting(self.policy, counted):
                     loss = self.algorithm.loss(self.policy, given)
-                sum((p.mean() for p in (loss.policy, loss.auxiliary) if p is not None)).backward()  # type: ignore[union-attr]
+                torch.stack([p.mean() for p in (loss.policy, loss.auxiliary) if p is not None]).sum().backward()
                 for p in (*self.policy.trainable_parameters(), *self._own()):
                     p.grad = None
 
@@ -352,95 +306,6 @@ class _Dry:
 
     def _own(self) -> list[torch.nn.Parameter]:
         return [p for network_ in self.algorithm.networks().values() for p in network_.parameters()]
-
-
-class _Scorer:
-    """A reward on meta images, which have no pixels that PIL could read."""
-
-    def __init__(self, reward: Reward) -> None:
-        self.parts = [part for part in reward.parts().values()] if isinstance(reward, WeightedSum) else [reward]
-        for part in self.parts:
-            for name, value in list(vars(part).items()):
-                if hasattr(value, "differentiable") and hasattr(value, "size"):
-                    setattr(part, name, _ShapesOnly(value))
-
-    def score(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores (B,); one that is not computed by tensors, or elsewhere, costs nothing here."""
-        total = torch.zeros(len(images), device=images.device)
-        for part in self.parts:
-            if modules_of(part):
-                total = total + part.score(images, ("a photo",) * len(images)).float()
-        return total
-
-    def bytes(self, count: Callable[..., int]) -> int:
-        """Bytes of all networks."""
-        return count(*(module for part in self.parts for module in modules_of(part)))
-
-
-class _ShapesOnly:
-    """A reward's preprocessing; the path of 8-bit pictures gives its shape alone."""
-
-    def __init__(self, preprocessing: Any) -> None:
-        self._true = preprocessing
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._true, name)
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and images.requires_grad:
-            return self._true.differentiable(images)  # type: ignore[no-any-return]
-        return images.new_empty(len(images), 3, self._true.size, self._true.size)
-
-
-def modules_of(reward: Reward) -> list[torch.nn.Module]:
-    """The networks that a reward holds, itself or in an object of its own."""
-    found = []
-    for value in vars(reward).values():
-        inner = value if isinstance(value, torch.nn.Module) else getattr(value, "model", None)
-        if isinstance(inner, torch.nn.Module):
-            found.append(inner)
-    return found
-
-
-@contextmanager
-def _counting(policy: Policy, counted: dict[str, float]) -> Iterator[None]:
-    """Within it, function evaluations of the policy are added up by weight view."""
-    names = ("velocity", "guided_velocity", "velocity_and_hidden")
-    depth = 0
-
-    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current", *a: Any, **k: Any) -> Any:
-            nonlocal depth
-            before, depth = policy.function_evaluations, depth + 1
-            try:
-                return method(x, sigma, cond, weights, *a, **k)
-            finally:
-                depth -= 1
-                if not depth:
-                    counted[weights] = counted.get(weights, 0) + policy.function_evaluations - before
-
-        return call
-
-    for name in names:
-        setattr(policy, name, wrapped(getattr(policy, name)))
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(policy, name)
-
-
-def _on_meta(batch: Batch) -> Batch:
-    """The same rows without content, on the device."""
-    fetch = getattr(batch, "fetched", None)
-    batch = fetch() if fetch else batch
-
-    def moved(value: torch.Tensor) -> torch.Tensor:
-        return torch.empty(value.shape, dtype=value.dtype, device=META)
-
-    tensors = {name: moved(value) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    cond = Conditioning({k: moved(t) for k, t in batch.cond.tensors.items()}, moved(batch.cond.index))
-    return replace(batch, cond=cond, scalars={k: moved(v) for k, v in batch.scalars.items()}, **tensors)
 
 
 def plannable(preset: ModelPreset) -> bool:

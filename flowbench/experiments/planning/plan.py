@@ -10,7 +10,8 @@ from typing import Any
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
 from flowbench.experiments.planning.counts import Counts, count
-from flowbench.experiments.planning.phases import Needs, measure, plannable
+from flowbench.experiments.planning.needs import Needs
+from flowbench.experiments.planning.phases import measure, plannable
 from flowbench.models.presets import load_preset
 
 GIB = 2**30
@@ -153,7 +154,9 @@ def phases_of(config: RunConfig, needs: Needs, division: Division) -> Iterator[P
     if judges:
         name = max(judges, key=lambda n: judges[n][0] + judges[n][1].at(d.decode))
         size, slope = judges[name]
-        resident = {**model, "judge": size} if d.offload or name == config.reward else {**model, **reward, "judge": size}
+        resident = (
+            {**model, "judge": size} if d.offload or name == config.reward else {**model, **reward, "judge": size}
+        )
         yield Phase("judges", resident, slope.at(d.decode) + needs.pixels * d.decode, f"{name}, {d.decode} images")
 
 

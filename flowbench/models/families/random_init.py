@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent.parent / "configurations"
 INDEX = "model_index.json"
 TEXT_SCALE = 0.1  # about the deviation of T5's embeddings
+UNWANTED: Mapping[str, tuple[str, ...]] = {"all": (), "text": ("transformer", "vae"), "rest": ("text_encoder",)}
 Within = Callable[[], AbstractContextManager[object]]
 
 
@@ -95,30 +96,37 @@ def _of_folder(folder: Path) -> Blueprint:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        file = next(
-            (folder / name / f for f in ("scheduler_config.json", "config.json") if (folder / name / f).is_file()), None
-        )
-        config = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        files = (folder / name / file for file in ("scheduler_config.json", "config.json"))
+        found = next((file for file in files if file.is_file()), None)
+        config = json.loads(found.read_text(encoding="utf-8")) if found else {}
         parts[name] = Part(entry[0], entry[1], {k: v for k, v in config.items() if k[0] != "_"}, folder / name)
     return Blueprint(index["_class_name"], parts)
 
 
-def random_pipeline(preset: ModelPreset, device: torch.device) -> Any:
+def random_pipeline(preset: ModelPreset, device: torch.device, parts: str = "all") -> Any:
     """The preset's pipeline with weights drawn from a fixed seed, on the device where they are drawn.
 
-    In float32 on a CPU and else in the preset's dtype. Raises UsageError for a model whose configuration is unknown.
+    parts: "all", or "text" for the text encoders alone and "rest" for everything but them. In float32 on a CPU and else
+    in the preset's dtype. Raises UsageError for a model whose configuration is unknown.
     """
     dtype = getattr(torch, preset.cpu_dtype if device.type == "cpu" else preset.dtype)
     devices = [device.index or 0] if device.type == "cuda" else []
+
+    def within() -> AbstractContextManager[object]:
+        torch.manual_seed(0)  # for each network anew, so that it does not depend on which others are made
+        return torch.device(device)
+
     with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        pipeline = assemble(preset, dtype, lambda: torch.device(device))
-    pipeline.vae.to(memory_format=torch.channels_last)
+        pipeline = assemble(preset, dtype, within, UNWANTED[parts])
+    if pipeline.vae is not None:
+        pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline
 
 
-def assemble(preset: ModelPreset, dtype: torch.dtype, within: Within = nullcontext) -> Any:
-    """The pipeline; its networks are made within a context, such as a device or fake tensors.
+def assemble(
+    preset: ModelPreset, dtype: torch.dtype, within: Within = nullcontext, unwanted: tuple[str, ...] = ()
+) -> Any:
+    """The pipeline without parts whose names begin as `unwanted`; its networks are made within a context, as a device.
 
     Raises UsageError as `blueprint` does.
     """
@@ -131,15 +139,17 @@ def assemble(preset: ModelPreset, dtype: torch.dtype, within: Within = nullconte
     plan, left_out = blueprint(preset), family_class(preset.family).left_out(preset)
     kind = getattr(diffusers, plan.pipeline)
     parts: dict[str, Any] = dict.fromkeys(kind._get_signature_keys(kind)[0])
+    if not plan.has_tokenizers:
+        unwanted = (*unwanted, "text_encoder")
     for name, part in plan.parts.items():
-        if name in left_out or (name.startswith("text_encoder") and not plan.has_tokenizers):
+        if name in left_out or name.startswith(unwanted):
             continue
         if name in parts:
             parts[name] = network(part, dtype, within) if part.is_network else part.make()
     pipeline = kind(**parts)
     if not plan.has_tokenizers:
-        width = pipeline.transformer.config
-        pipeline.encode_prompt = RandomText(width.joint_attention_dim, width.pooled_projection_dim, dtype)
+        width = plan.parts["transformer"].config
+        pipeline.encode_prompt = RandomText(width["joint_attention_dim"], width["pooled_projection_dim"], dtype)
     return pipeline
 
 
