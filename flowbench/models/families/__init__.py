@@ -88,5 +88,5 @@ def load_pipeline(preset: ModelPreset, device: torch.device, parts: Parts = "all
     if preset.random_init:
         from flowbench.models.families.random_init import random_pipeline
 
-        return random_pipeline(preset, device)
+        return random_pipeline(preset, device, parts)
     return family_class(preset.family).load(preset, device, parts)
