@@ -21,6 +21,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 PLANE = {"model": "gaussian", "reward": "linear", "images": 256, "device": "cpu"}
 FEW = {"evaluation.prompts": 2, "evaluation.images_per_prompt": 2, "algorithm.warmup": 0}
 OWN = {"settings", "track", "plugin", "plugins", "dry_run", "listener", "progress"}  # spelled as each side is used
+OWN |= {"memory", "tflops", "json_"}  # of a dry run, which only the command has
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:

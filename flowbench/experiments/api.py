@@ -87,6 +87,8 @@ def run(
     resume: bool = False,
     prompts: str | None = None,
     track: Sequence[str] = (),
+    memory_limit: str | None = None,
+    random_init: bool = False,
     *,
     listener: Listener | None = None,
 ) -> RunResult:
@@ -106,17 +108,23 @@ def run(
         resume: continue an interrupted run from its checkpoint.
         prompts: a prompt set's name, a folder with a file per split, or one file; None is the model's set.
         track: experiment trackers that are told of the run, such as "tensorboard" or "wandb".
+        memory_limit: "24GiB": the work is divided so that every phase fits; results stay the same.
+        random_init: the model's real configuration with random weights, to measure and never to compare.
         listener: is told how far the run is.
 
     Raises:
         UsageError: the request is wrong, or its run is finished already; nothing was computed.
         RunError: it could not be carried out; what was computed until then is saved.
     """
-    resolved = resolve(algorithm, reward, model, seed, images, device, settings, config, plugins, prompts)
+    resolved = resolve(algorithm, reward, model, seed, images, device, settings, config, plugins, prompts, random_init)
+    if memory_limit is not None:
+        from flowbench.experiments.planning.plan import divided, parse_memory, plan
+
+        resolved = divided(resolved, plan(resolved, parse_memory(memory_limit)).division)
     trackers = choose_trackers(track)
     options = {"reward": reward, "model": model, "seed": seed, "images": images, "device": device, "config": config}
-    options |= {"prompts": prompts, "track": ",".join(trackers) or None}
-    command = _command(algorithm, settings, plugins, **options, output=output)
+    options |= {"prompts": prompts, "track": ",".join(trackers) or None, "memory-limit": memory_limit}
+    command = _command(algorithm, settings, plugins, random_init, **options, output=output)
     return carry_out(resolved, command, output, resume, listener, trackers)
 
 
@@ -217,12 +225,19 @@ def _load(plugins: Sequence[str | Path]) -> None:
         load_plugin_file(Path(file))
 
 
-def _command(algorithm: str, settings: Mapping[str, Any] | None, plugins: Sequence[str | Path], **options: Any) -> str:
+def _command(
+    algorithm: str,
+    settings: Mapping[str, Any] | None,
+    plugins: Sequence[str | Path],
+    random_init: bool = False,
+    **options: Any,
+) -> str:
     """The request as a command that can be typed; options that are None were not given."""
     from flowbench.experiments.study import spell
 
     words = ["flowbench", "run", algorithm]
     words += [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
+    words += ["--random-init"] if random_init else []
     words += [part for file in plugins for part in ("--plugin", str(file))]
     words += [part for key, value in (settings or {}).items() for part in ("--set", f"{key}={spell(value)}")]
     return shlex.join(words)
