@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowbench.config import RunConfig, TrainingConfig, resolve_config
+from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.protocol import count_images
 from flowbench.experiments.planning.counts import count
@@ -140,6 +140,7 @@ LARGE = Needs(
     rows=1.0,
     judges={"pickscore": (4 * GIB, Slope(0, 0.02 * GIB))},
     pixels=3 * 2**20,
+    evaluation_decode=8,
 )
 
 
@@ -149,7 +150,7 @@ def test_below_a_limit_every_phase_has_room_and_the_division_is_as_large_as_that
     assert room <= 22 * GIB
     division = fitted(config, LARGE, 24 * GIB)
     assert all(phase.peak <= room for phase in phases_of(config, LARGE, division))
-    assert max(p.peak for p in phases_of(config, LARGE, configured(config))) > room
+    assert max(p.peak for p in phases_of(config, LARGE, configured(config, LARGE))) > room
     for field in ("rollout", "decode"):
         doubled = replace(division, **{field: 2 * getattr(division, field)})
         assert any(phase.peak > room for phase in phases_of(config, LARGE, doubled)), field
@@ -169,13 +170,12 @@ def test_a_limit_that_no_division_keeps_is_one_line_that_names_the_phase():
 
 def test_a_divided_configuration_differs_in_what_divides_the_work_alone():
     config = _config("mini-sd3")
-    other = divided(config, Division(8, 4, 2, 16))
+    other = divided(config, Division(8, 4, 2, 16, 8))
     assert other.evaluation.batch == 16
     assert (other.training.decode_batch, other.training.microbatch) == (4, 2)
     assert other.hyperparameters == config.hyperparameters
     assert other.training.minibatch == config.training.minibatch
-    if getattr(TrainingConfig, "divides", None):
-        assert other.hash() == config.hash()
+    assert other.hash() == config.hash()
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * GIB), ("1.5 G", 1.5 * GIB), ("512MiB", GIB / 2)])

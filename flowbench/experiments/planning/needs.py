@@ -20,12 +20,6 @@ class Slope:
         """Bytes of n images or rows."""
         return round(self.fixed + self.each * n)
 
-    def most(self, room: float) -> int:
-        """How many fit into `room` bytes; 0 if none does."""
-        if self.each <= 0:
-            return 2**30 if self.fixed <= room else 0
-        return max(0, int((room - self.fixed) / self.each))
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -33,9 +27,10 @@ class Needs:
 
     model: transformer with its views, VAE, optimizer and the algorithm's own networks; gradients: of what is trained;
     reward: of the run; encoders: of each text encoder, with `encode` for the texts; judges: each judge, with its slope.
-    step: one sampler step of an image in training, with `states` bytes kept per image; free: one without guidance.
+    step: a sampler step of one image with the most guidance, `states` bytes kept per image; free: one without guidance.
     update: one row; evaluations: function evaluations of a row by weight view; scored: reward calls of a row;
-    rows: rows per image and pass; evaluation: one step of an image in evaluation; pixels: one image in float32.
+    rows: rows per image and pass; pixels: one image in float32; evaluation_decode: images that an evaluation decodes at
+    a time; smallest: rows of the smallest microbatch.
     """
 
     model: int
@@ -54,4 +49,5 @@ class Needs:
     rows: float
     judges: dict[str, tuple[int, Slope]]
     pixels: int
+    evaluation_decode: int
     smallest: int = 1

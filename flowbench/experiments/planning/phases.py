@@ -13,12 +13,14 @@ import torch
 from flowbench.algorithm import Algorithm, Batch
 from flowbench.config import RunConfig
 from flowbench.evaluation.judges import build_reward
+from flowbench.evaluation.protocol import decode_batch
 from flowbench.experiments.planning.needs import Needs, Slope
 from flowbench.experiments.planning.stand_ins import Scorer, counting, on_meta
 from flowbench.experiments.planning.storages import META, Meter, simulated
 from flowbench.models.families.random_init import assemble, blueprint, network
 from flowbench.models.flow import get_sampler
-from flowbench.models.policy import Policy, Tuning
+from flowbench.models.guidance import BOTH_AT_ONCE
+from flowbench.models.policy import ANCHOR, Policy, Tuning
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.registry import algorithms, rewards
 from flowbench.rollout import Conditioning, Rollout
@@ -64,7 +66,8 @@ class _Dry:
                 num_steps=training.num_steps,
                 guidance_scale=training.guidance_scale,
             )
-        self.reward = self._built(config.reward)
+        on_gradient = "reward_grad" in algorithms.describe(config.algorithm).needs
+        self.reward = self._built(config.reward, training.reward_precision == "auto" and not on_gradient)
         self.scored = 0
         cls = algorithms.get(config.algorithm).cls
         self.algorithm: Algorithm[Any] = cls(cls.Config.model_validate(config.hyperparameters), self._score)
@@ -72,14 +75,14 @@ class _Dry:
             self.algorithm.setup(self.policy)
             for network_ in self.algorithm.networks().values():
                 network_.to(META)
+            if training.anchor_decay is not None:
+                self.policy.add_view(ANCHOR)
         if plan := self.algorithm.plan().sampler:
             self.policy.sampler = get_sampler(plan)
-        if training.anchor_decay is not None:
-            self.policy.add_view("anchor")
 
-    def _built(self, name: str) -> Scorer:
+    def _built(self, name: str, half: bool) -> Scorer:
         with META:
-            return Scorer(build_reward(name, self.preset, META))
+            return Scorer(build_reward(name, self.preset, META), half)
 
     def _score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         self.scored += len(prompts)
@@ -123,6 +126,7 @@ class _Dry:
             rows=self._rows_per_image(),
             judges=self._judges(),
             pixels=self._pixels(),
+            evaluation_decode=decode_batch(self.policy, self.config.evaluation),
             smallest=smallest,
         )
 
@@ -157,7 +161,7 @@ class _Dry:
                 cond, noise, sampler=self.policy.sampler, num_steps=1, guidance_scale=scale
             )
 
-        return self._slope(work)
+        return self._slope(work, BOTH_AT_ONCE + 1, BOTH_AT_ONCE + 5)
 
     def _latents(self, n: int) -> torch.Tensor:
         return torch.empty(n, *self.policy.latent_shape, device=META)
@@ -202,7 +206,7 @@ class _Dry:
             info = rewards.describe(name)
             if info.domain != "images" or info.truth or name in trained:
                 continue
-            judge = self._built(name)
+            judge = self._built(name, self.config.evaluation.judge_precision == "auto")
             found[name] = (judge.bytes(self._bytes), self._slope(self._scored(judge), 1, 3))
         return found
 

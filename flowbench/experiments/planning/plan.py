@@ -12,6 +12,7 @@ from flowbench.errors import RunError, UsageError
 from flowbench.experiments.planning.counts import Counts, count
 from flowbench.experiments.planning.needs import Needs
 from flowbench.experiments.planning.phases import measure, plannable
+from flowbench.models.guidance import BOTH_AT_ONCE
 from flowbench.models.presets import load_preset
 
 GIB = 2**30
@@ -29,13 +30,15 @@ class Division:
     """How much of the work is done at a time.
 
     rollout: images sampled at a time in training; decode: images decoded or scored; microbatch: rows per backward pass;
-    evaluation: images sampled at a time in evaluation; offload: whether rewards are on the device only to score.
+    evaluation: images sampled or scored at a time in evaluation, evaluation_decode: decoded; offload: whether rewards
+    are on the device only to score.
     """
 
     rollout: int
     decode: int
     microbatch: int
     evaluation: int
+    evaluation_decode: int
     offload: bool = False
 
 
@@ -116,21 +119,23 @@ def plan(config: RunConfig, limit: int | None = None, tflops: float | None = Non
     if not plannable(preset):
         raise UsageError(f"model '{preset.name}' is a formula: it needs no memory to plan; leave out --memory")
     needs = needs or measure(config)
-    division = configured(config) if limit is None else fitted(config, needs, limit)
+    division = configured(config, needs) if limit is None else fitted(config, needs, limit)
     counts, (rate, source) = count(config), throughput(tflops, config.device)
     phases = tuple(phases_of(config, needs, division))
     return Plan(division, phases, tuple(_costs(config, needs, counts, rate)), counts, rate, source, limit)
 
 
-def configured(config: RunConfig) -> Division:
+def configured(config: RunConfig, needs: Needs) -> Division:
     """The division that the configuration itself asks for."""
     t = config.training
     minibatch = min(t.minibatch, t.images_per_iteration)
     return Division(
-        rollout=min(getattr(t, "rollout_batch", None) or t.images_per_iteration, t.images_per_iteration),
+        rollout=min(t.rollout_batch or t.images_per_iteration, t.images_per_iteration),
         decode=min(t.decode_batch, t.images_per_iteration),
         microbatch=min(t.microbatch or minibatch, t.minibatch),
         evaluation=config.evaluation.batch,
+        evaluation_decode=needs.evaluation_decode,
+        offload=bool(t.offload),
     )
 
 
@@ -139,7 +144,7 @@ def phases_of(config: RunConfig, needs: Needs, division: Division) -> Iterator[P
     d, model = division, {"model": needs.model}
     reward = {"reward": needs.reward} if needs.reward and not d.offload else {}
     yield Phase("encode", {**reward, "encoders": _encoders(needs, d)}, needs.encode.at(ENCODED), f"{ENCODED} texts")
-    rollout = needs.step.at(d.rollout) + needs.states * d.rollout
+    rollout = _sampled(needs, d.rollout) + needs.states * d.rollout
     yield Phase("rollout", {**model, **reward}, rollout, f"{d.rollout} images")
     yield Phase("decode", {**model, **reward}, needs.decode.at(d.decode), f"{d.decode} images")
     scoring = {**model, **({"reward": needs.reward} if needs.reward else {})}
@@ -148,16 +153,21 @@ def phases_of(config: RunConfig, needs: Needs, division: Division) -> Iterator[P
     yield Phase(
         "update", {**seeing, "gradients": needs.gradients}, needs.update.at(d.microbatch), f"{d.microbatch} rows"
     )
-    sampled = max(needs.step.at(d.evaluation), needs.decode.at(min(d.decode, d.evaluation)))
+    sampled = max(_sampled(needs, d.evaluation), needs.decode.at(d.evaluation_decode))
     yield Phase("evaluation", {**model, **reward}, sampled, f"{d.evaluation} images")
     judges = {**needs.judges, **({config.reward: (needs.reward, needs.score)} if needs.reward else {})}
     if judges:
-        name = max(judges, key=lambda n: judges[n][0] + judges[n][1].at(d.decode))
+        name = max(judges, key=lambda n: judges[n][0] + judges[n][1].at(d.evaluation))
         size, slope = judges[name]
-        resident = (
-            {**model, "judge": size} if d.offload or name == config.reward else {**model, **reward, "judge": size}
-        )
-        yield Phase("judges", resident, slope.at(d.decode) + needs.pixels * d.decode, f"{name}, {d.decode} images")
+        others = {} if d.offload or name == config.reward else reward
+        resident = {**model, **others, "judge": size}
+        scored = slope.at(d.evaluation) + needs.pixels * d.evaluation
+        yield Phase("judges", resident, scored, f"{name}, {d.evaluation} images")
+
+
+def _sampled(needs: Needs, images: int) -> int:
+    """Bytes of a step of so many images; of a few, prompts and negative prompts are one call."""
+    return needs.step.at(max(images, 2 * min(images, BOTH_AT_ONCE)))
 
 
 def _encoders(needs: Needs, division: Division) -> int:
@@ -177,9 +187,9 @@ def fitted(config: RunConfig, needs: Needs, limit: int) -> Division:
 
     Raises RunError, naming the phase, where there is none.
     """
-    room, asked = usable(limit), configured(config)
+    room, asked = usable(limit), configured(config, needs)
     for offload in (False, True):
-        division = Division(1, 1, needs.smallest, 1, offload)
+        division = Division(1, 1, needs.smallest, 1, 1, offload)
         if all(phase.peak <= room for phase in phases_of(config, needs, division)):
             break
     else:
@@ -189,7 +199,7 @@ def fitted(config: RunConfig, needs: Needs, limit: int) -> Division:
             f"it needs {worst.peak / GIB:.1f} GiB with {worst.detail} at a time, and {room / GIB:.1f} GiB are usable; "
             "give it more, or use LoRA, another reward or a lower resolution"
         )
-    for field in ("rollout", "decode", "microbatch", "evaluation"):
+    for field in ("rollout", "decode", "microbatch", "evaluation", "evaluation_decode"):
         most = getattr(asked, field)
         for size in (most, *(s for s in SIZES if s < most)):
             tried = Division(**{**asdict(division), field: size})
@@ -201,18 +211,17 @@ def fitted(config: RunConfig, needs: Needs, limit: int) -> Division:
 
 def divided(config: RunConfig, division: Division) -> RunConfig:
     """The configuration with this division of the work; its results and hash are the same."""
-    training: dict[str, Any] = {
+    training = {
         "rollout_batch": division.rollout,
         "decode_batch": division.decode,
         "microbatch": division.microbatch,
         "offload": division.offload,
     }
-    evaluation = {"batch": division.evaluation, "decode_batch": min(division.decode, division.evaluation)}
-    known, seen = type(config.training).model_fields, type(config.evaluation).model_fields
+    evaluation = {"batch": division.evaluation, "decode_batch": division.evaluation_decode}
     return config.model_copy(
         update={
-            "training": config.training.model_copy(update={k: v for k, v in training.items() if k in known}),
-            "evaluation": config.evaluation.model_copy(update={k: v for k, v in evaluation.items() if k in seen}),
+            "training": config.training.model_copy(update=training),
+            "evaluation": config.evaluation.model_copy(update=evaluation),
         }
     )
 

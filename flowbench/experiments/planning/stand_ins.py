@@ -20,9 +20,11 @@ from flowbench.scoring.combination import WeightedSum
 class Scorer:
     """A reward on meta images, which have no pixels that PIL could read."""
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self, reward: Reward, half: bool = False) -> None:
         self.parts = list(reward.parts().values()) if isinstance(reward, WeightedSum) else [reward]
         for part in self.parts:
+            if half and part.half_tolerance is not None:
+                part.halve()
             for name, value in list(vars(part).items()):
                 if hasattr(value, "differentiable") and hasattr(value, "size"):
                     setattr(part, name, _ShapesOnly(value))
