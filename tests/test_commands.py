@@ -135,7 +135,10 @@ def start(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    output, errors = process.communicate(timeout=120)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()  # nothing outlives its test
     return process.returncode, output, errors
 
 

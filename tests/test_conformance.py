@@ -34,7 +34,7 @@ from flowbench.toolkit.matching import renoised
 
 Main = Callable[..., int]
 # Their updates have a row per sampler step, so that they take longer to learn.
-LONG = {"dpok", "flow-grpo"}
+LONG = {"acflow", "ddpo", "dpok", "flow-grpo"}
 
 
 class Sound(Algorithm["Sound.Config"]):

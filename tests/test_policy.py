@@ -118,7 +118,7 @@ def test_the_old_view_stays_behind_and_follows_by_its_decay(make_policy: MakePol
     perturb(policy, seed=0)
     policy.add_view("old")
     at_copy = velocity(policy)
-    assert torch.equal(velocity(policy, "old"), at_copy)
+    torch.testing.assert_close(velocity(policy, "old"), at_copy)  # by its adapter merged into the weights
     before = [p.detach().clone() for p in policy.trainable_parameters()]
     perturb(policy, seed=1)
     assert torch.equal(velocity(policy, "old"), at_copy)
@@ -195,7 +195,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(make_policy: MakePolicy):
     with torch.no_grad():
         empty = policy.velocity(x, sigma, policy.encode([""] * 3))
         expected = empty + 3.0 * (velocity(policy) - empty)
-        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-6)
+        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-5)  # both in one call
 
 
 def test_training_has_steps_and_guidance_of_its_own(make_policy: MakePolicy):
@@ -205,7 +205,7 @@ def test_training_has_steps_and_guidance_of_its_own(make_policy: MakePolicy):
     with torch.no_grad():
         empty = policy.velocity(x, sigma, policy.encode([""] * 3))
         expected = empty + 2.0 * (velocity(policy) - empty)
-        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-6)
+        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-5)  # both in one call
     noise = policy.draw_noise(3)
     plain = policy.rollout(cond, noise)
     assert len(plain.sigmas) == policy.preset.num_steps + 1

@@ -156,7 +156,7 @@ def test_acflows_critic_explains_as_much_of_the_reward_as_any_function_of_the_st
     trainer = make_analytic_trainer(
         "acflow",
         model=model,
-        training__images=51_200,
+        training__images=25_600,
         training__images_per_prompt=64,
         training__minibatch=1024,
         training__num_steps=steps,
