@@ -73,7 +73,17 @@ CASES = {
         "reward 'jpeg' has none, use for example 'clip'",
     ),
     "bench": Case(
-        ["--images", "4", "--repeats", "1", "--set", "training.num_steps=1", "--set", "evaluation.num_steps=1"],
+        [
+            "--random-init",
+            "--images",
+            "4",
+            "--repeats",
+            "1",
+            "--set",
+            "training.num_steps=1",
+            "--set",
+            "evaluation.num_steps=1",
+        ],
         "of matmul",
         ["--images", "5"],
         2,

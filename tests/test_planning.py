@@ -30,7 +30,8 @@ from flowbench.models.families.random_init import RandomText, blueprint, network
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
-from flowbench.record import RANDOM
+from flowbench.record import RANDOM, find_records
+from flowbench.reporting.leaderboard import rows
 from flowbench.reward import Reward
 from flowbench.scoring.checkpoints import random_weights
 from flowbench.training.trainer import Trainer
@@ -99,20 +100,24 @@ def test_decoding_true_latents_takes_the_memory_and_the_operations_that_were_com
     assert meter.flops == pytest.approx(5 * needs.decode.flops)
 
 
-@pytest.mark.parametrize("algorithm", ["nft", "flow-grpo"])
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [("flow-grpo", {}), ("acflow", {"algorithm.w2_every": 4, "training.images_per_prompt": 8})],
+)
 def test_a_run_makes_the_images_and_function_evaluations_that_were_computed(
     algorithm: str,
+    settings: dict[str, object],
     tiny_config: Callable[..., RunConfig],
     make_trainer: Callable[..., Trainer],
     clip: Reward,
     tmp_path: Path,
 ):
-    config = tiny_config(algorithm, "clip", overrides={"evaluation.judges": ()})
+    config = tiny_config(algorithm, "clip", overrides={"evaluation.judges": (), **settings})
     trainer, computed, counts = make_trainer(config, tmp_path, clip), measure(config), count(config)
     trainer.run()
-    rows = counts.training.images * computed.rows
+    made = counts.training.images * computed.rows
     assert trainer.budget.images == counts.training.images
-    assert trainer.policy.function_evaluations == counts.training.total + rows * sum(computed.evaluations.values())
+    assert trainer.policy.function_evaluations == counts.training.total + made * sum(computed.evaluations.values())
 
 
 def test_the_images_of_an_evaluation_are_counted_exactly(shared_policy: Policy, preset_file: str):
@@ -130,7 +135,7 @@ LARGE = Needs(
     encoders={"clip": 2 * GIB, "t5": 9 * GIB},
     encode=Slope(0, GIB / 64),
     step=Slope(0, 0.045 * GIB, 1.0),
-    free=Slope(0, 0.045 * GIB, 1.0),
+    free=1.0,
     states=0,
     decode=Slope(0, 0.375 * GIB, 1.0),
     score=Slope(0, 0.02 * GIB, 1.0),
@@ -265,19 +270,12 @@ def test_a_model_of_unknown_configuration_is_refused_in_one_line():
         blueprint(preset)
 
 
-def test_no_record_of_random_weights_enters_a_table(
-    flowbench_main: Callable[..., int],
-    settings: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-):
-    arguments = ["--reward", "jpeg", "--random-init", "--output", tmp_path, "--images", "16"]
-    assert flowbench_main("run", "raft", *settings(evaluation__judges=[]), *arguments) == 0
-    (file,) = tmp_path.rglob("record.json")
-    assert json.loads(file.read_text())["model"] == "mini-sd3 (random)"
-    capsys.readouterr()
-    assert flowbench_main("leaderboard", tmp_path) == 2
-    assert "no records found" in capsys.readouterr().err
+def test_no_record_of_random_weights_enters_a_table():
+    record = find_records([ROOT / "leaderboard" / "results"])[0]
+    random = record.model_copy(update={"model": record.model + RANDOM})
+    assert rows([record, random], "test") == rows([record], "test")
+    with pytest.raises(UsageError, match="no records found"):
+        rows([random], "test")
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ class Needs:
 
     model: transformer with its views, VAE, optimizer and the algorithm's own networks; gradients: of what is trained;
     reward: of the run; encoders: of each text encoder, with `encode` for the texts; judges: each judge, with its slope.
-    step: a sampler step of one image with the most guidance, `states` bytes kept per image; free: one without guidance.
+    step: a sampler step of one image with the most guidance, `states` bytes kept per image; free: operations of one
+    without guidance.
     update: one row; evaluations: function evaluations of a row by weight view; scored: reward calls of a row;
     rows: rows per image and pass; pixels: one image in float32; evaluation_decode: images that an evaluation decodes at
     a time; smallest: rows of the smallest microbatch.
@@ -39,7 +40,7 @@ class Needs:
     encoders: dict[str, int]
     encode: Slope
     step: Slope
-    free: Slope
+    free: float
     states: int
     decode: Slope
     score: Slope

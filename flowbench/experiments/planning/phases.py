@@ -29,6 +29,7 @@ from flowbench.terms import term_names
 from flowbench.training.rows import drawn
 
 LATE = 10**6  # an iteration after every warm-up
+PROMPTS = 16  # of a small rollout; a term on every n-th row is then on a share of them that is nearly true
 FEW = 2  # images per prompt of a small rollout; as few as an algorithm that compares them needs
 
 
@@ -102,8 +103,8 @@ class _Dry:
         evaluated = self.config.evaluation.guidance_scale or self.preset.guidance_scale
         largest = max(guided, evaluated)
         step = self._step(largest)
-        free = self._step(1.0) if largest > 1 else step
-        update, evaluations, scored, smallest = self._update()
+        halves = largest > 1 and self.policy.family.classifier_free  # guidance is then a second call
+        update, evaluations, scored, smallest = self._update(step.flops / 2 if halves else step.flops)
         c = self.policy.latent_shape
         keeps = bool(self.algorithm.needs() & {"states", "log_prob"}) + self.algorithm.plan().keep_steps
         decode = self._slope(self._decode)
@@ -116,7 +117,7 @@ class _Dry:
             encoders=encoders,
             encode=encode,
             step=step,
-            free=free,
+            free=step.flops / 2 if halves else step.flops,
             states=keeps * 2 * 4 * (self.policy.num_steps + 1) * c[0] * c[1] * c[2],  # kept in a list, then stacked
             decode=decode,
             score=self._slope(self._scored(self.reward)),
@@ -280,13 +281,16 @@ class _Dry:
             batch = self.algorithm.prepare(self._rollout(2, each, self.policy.latent_shape if each <= 4 else (1, 1, 1)))
         return len(batch) / (2 * each)
 
-    def _update(self) -> tuple[Slope, dict[str, float], float, int]:
-        """The slope of a microbatch with its backward pass; evaluations by view and reward calls of a row."""
+    def _update(self, forward: float) -> tuple[Slope, dict[str, float], float, int]:
+        """The slope of a microbatch with its backward pass; evaluations by view and reward calls of a row.
+
+        forward: operations of an evaluation without guidance.
+        """
         counted: dict[str, float] = {}
         smallest = self.config.training.images_per_prompt if self.algorithm.whole_groups else 1
         few, more = (1, 3) if smallest == 1 else (smallest, 2 * smallest)
         each = FEW if smallest == 1 else smallest
-        batch = self._prepared(max(more, 2), each, self.policy.latent_shape)
+        batch = self._prepared(max(more, PROMPTS), each, self.policy.latent_shape)
         self.scored = 0
 
         def work(n: int) -> Callable[[], object]:
@@ -306,7 +310,24 @@ class _Dry:
             return step
 
         slope, rows = self._slope(work, few, more), few + more
-        return slope, {view: n / rows for view, n in counted.items()}, self.scored / rows, smallest
+        evaluations, scored = {view: n / rows for view, n in counted.items()}, self.scored / rows
+        if not batch.scalars:
+            return slope, evaluations, scored, smallest
+        # Of what only some rows have, the slope takes it that all have it.
+        true, scored = self._true_evaluations(batch)
+        fewer = (sum(evaluations.values()) - sum(true.values())) * forward
+        return replace(slope, flops=slope.flops - fewer), true, scored, smallest
+
+    @torch.no_grad()
+    def _true_evaluations(self, batch: Batch) -> tuple[dict[str, float], float]:
+        """Evaluations by view and reward calls of a row, where what `prepare` said of the rows is known."""
+        counted: dict[str, float] = {}
+        self.scored = 0
+        with counting(self.policy, counted), self.policy.anchored():
+            measured = self.algorithm.measure(self.policy, on_meta(batch))
+            compared = self.algorithm.compare({k: torch.rand(v.shape) for k, v in measured.items()})
+            self.algorithm.loss(self.policy, replace(on_meta(batch), scalars={**batch.scalars, **compared.scalars}))
+        return {view: n / len(batch) for view, n in counted.items()}, self.scored / len(batch)
 
     def _own(self) -> list[torch.nn.Parameter]:
         return [p for network_ in self.algorithm.networks().values() for p in network_.parameters()]

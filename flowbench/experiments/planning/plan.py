@@ -246,8 +246,8 @@ def _costs(config: RunConfig, needs: Needs, counts: Counts, tflops: float) -> It
     def cost(purpose: str, number: float, evaluations: float, flops: float) -> Cost:
         return Cost(purpose, round(number), round(evaluations), flops, flops / rate)
 
-    step = needs.free if t.guidance_scale <= 1 else needs.step
-    yield cost("rollout", t.images, t.total, t.images * t.steps * step.flops)
+    step = needs.free if t.guidance_scale <= 1 else needs.step.flops
+    yield cost("rollout", t.images, t.total, t.images * t.steps * step)
     yield cost("decode", t.images, 0, t.images * needs.decode.flops)
     yield cost("reward", t.images, 0, t.images * needs.score.flops)
     rows = t.images * needs.rows * config.training.epochs
@@ -258,8 +258,8 @@ def _costs(config: RunConfig, needs: Needs, counts: Counts, tflops: float) -> It
         yield cost("reward in the loss", rows * needs.scored, 0, 0)
     for model in ("base", "tuned"):
         for part in counts.evaluation:
-            per_step = needs.step if part.guidance_scale > 1 else needs.free
+            per_step = needs.step.flops if part.guidance_scale > 1 else needs.free
             judged = needs.score.flops + sum(slope.flops for _, slope in needs.judges.values()) + needs.decode.flops
             guided = "" if part.guidance_scale > 1 or len(counts.evaluation) == 1 else ", no guidance"
-            flops = part.images * (part.steps * per_step.flops + judged)
+            flops = part.images * (part.steps * per_step + judged)
             yield cost(f"evaluation {model}{guided}", part.images, part.total, flops)

@@ -78,10 +78,13 @@ class Meter(TorchDispatchMode):
 
     def _shapes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation on meta tensors; that of one which was seen before is not worked out again."""
-        if _is_pure(func):  # what an algorithm kept of its rollout lies on the host here
-            args, kwargs = _on_one_device(args, kwargs)
-        key = _signature(func, args, kwargs) if _is_pure(func) else None
-        if key is None:
+        if not _is_pure(func):
+            return _without_content(func, args, kwargs)
+        key, devices = _signature(func, args, kwargs)
+        if len(devices) > 1 and META in devices:  # what an algorithm kept of its rollout lies on the host here
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(META), (args, kwargs))
+            key, devices = _signature(func, args, kwargs)
+        if key is None or META not in devices:
             return _without_content(func, args, kwargs)
         known = self._results.get(key)
         if known is None:
@@ -131,24 +134,15 @@ def _is_pure(func: Any) -> bool:
     return bool(schema.returns) and plain and all(part.alias_info is None for part in parts)
 
 
-def _on_one_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an operation, all on the device if any is."""
-    devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-    if len(devices) < 2 or "meta" not in devices:
-        return args, kwargs
-    moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(torch.Tensor, lambda t: t.to(META), (args, kwargs))
-    return moved
-
-
-def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What decides the shapes of an operation's results; None if it is not on meta tensors, or not known."""
-    on_meta = False
+def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, set[torch.device]]:
+    """What decides the shapes of an operation's results, None if that is not known; and where its arguments lie."""
+    devices: set[torch.device] = set()
     parts: list[Any] = [func]
     for value in (*args, *kwargs.items()):
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, torch.Tensor):
-                on_meta |= item.device == META
-                parts.append((item.shape, item.stride(), item.dtype, item.device))
+                devices.add(item.device)
+                parts.append((item.shape, item.stride(), item.dtype))
             elif isinstance(item, list):
                 parts.append(tuple(item))
             else:
@@ -157,8 +151,8 @@ def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         hash(key := tuple(parts))
     except TypeError:
-        return None
-    return key if on_meta else None
+        return None, devices
+    return key, devices
 
 
 def _without_content(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
