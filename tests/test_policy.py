@@ -117,8 +117,9 @@ def test_the_old_view_stays_behind_and_follows_by_its_decay(make_policy: MakePol
     policy = make_policy(tuning)
     perturb(policy, seed=0)
     policy.add_view("old")
-    at_copy = velocity(policy)
-    torch.testing.assert_close(velocity(policy, "old"), at_copy)  # by its adapter merged into the weights
+    at_copy = velocity(policy, "old")
+    # An adapter of a view that is not trained is merged into the weights, which rounds otherwise.
+    torch.testing.assert_close(velocity(policy), at_copy, rtol=1e-4, atol=1e-5)
     before = [p.detach().clone() for p in policy.trainable_parameters()]
     perturb(policy, seed=1)
     assert torch.equal(velocity(policy, "old"), at_copy)
@@ -195,7 +196,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(make_policy: MakePolicy):
     with torch.no_grad():
         empty = policy.velocity(x, sigma, policy.encode([""] * 3))
         expected = empty + 3.0 * (velocity(policy) - empty)
-        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-5)  # both in one call
+        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-4)  # both in one call
 
 
 def test_training_has_steps_and_guidance_of_its_own(make_policy: MakePolicy):
@@ -205,7 +206,7 @@ def test_training_has_steps_and_guidance_of_its_own(make_policy: MakePolicy):
     with torch.no_grad():
         empty = policy.velocity(x, sigma, policy.encode([""] * 3))
         expected = empty + 2.0 * (velocity(policy) - empty)
-        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-5)  # both in one call
+        assert torch.allclose(policy.guided_velocity(x, sigma, cond), expected, atol=1e-4)  # both in one call
     noise = policy.draw_noise(3)
     plain = policy.rollout(cond, noise)
     assert len(plain.sigmas) == policy.preset.num_steps + 1
@@ -463,7 +464,7 @@ def test_a_completion_from_any_state_of_an_ode_rollout_reaches_its_image(shared_
     step = torch.tensor([3, 0, 2])
     before = shared_policy.function_evaluations
     x0 = shared_policy.complete(samples.states[torch.arange(3), step], step, samples.sigmas, cond)
-    assert torch.allclose(x0, samples.x0, atol=1e-5)
+    assert torch.allclose(x0, samples.x0, atol=1e-4)
     assert not x0.requires_grad
     assert shared_policy.function_evaluations - before == 1 + 4 + 2
     together = shared_policy.complete(samples.states[:, 2], 2, samples.sigmas, cond, weights="reference")
