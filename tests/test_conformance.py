@@ -34,7 +34,7 @@ from flowbench.toolkit.matching import renoised
 
 Main = Callable[..., int]
 # Their updates have a row per sampler step, so that they take longer to learn.
-LONG = {"acflow", "ddpo", "dpok", "flow-grpo"}
+LONG = {"acflow", "ddpo", "dpok", "flow-grpo", "orw-cfm-w2"}
 
 
 class Sound(Algorithm["Sound.Config"]):

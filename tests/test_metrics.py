@@ -71,7 +71,7 @@ def test_no_step_and_no_microbatch_waits_for_a_number(
         settings = {**brief, "training.minibatch": minibatch, "training.microbatch": microbatch}
         trainer = make_trainer(tiny_config(algorithm, overrides=settings), tmp_path / f"{minibatch}-{microbatch}")
         trainer._encode_prompts()
-        batch = trainer.algorithm.prepare(trainer._collect())
+        batch = trainer.algorithm.prepare(trainer.collector.collect(0, trainer.budget))
         with Waits() as waits:
             trainer.updater.update(batch, 0)
         counts.append(waits.count)
