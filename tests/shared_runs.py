@@ -84,9 +84,9 @@ CASES: dict[str, Case] = {
     "raft": Case("raft"),
     "refl": Case("refl", {"training.epochs": 2}),
     "whole groups": Case("orw-cfm-w2", {"training.minibatch": 12, "training.microbatch": 4}, whole_groups=True),
-    "sd3 acflow": Case("acflow", {**LORA, "algorithm.warmup": 0}, SD3, "shade"),
-    "sd3 flow-grpo": Case("flow-grpo", {**LORA, "training.minibatch": 13}, SD3, "shade"),
-    "sd3 nft": Case("nft", {**LORA, "algorithm.old_ramp": 0.2}, SD3, "shade"),
+    "sd3 acflow": Case("acflow", {**LORA, "algorithm.warmup": 0}, SD3, "evenly-shaded"),
+    "sd3 flow-grpo": Case("flow-grpo", {**LORA, "training.minibatch": 13}, SD3, "evenly-shaded"),
+    "sd3 nft": Case("nft", {**LORA, "algorithm.old_ramp": 0.2}, SD3, "evenly-shaded"),
 }
 
 
@@ -105,7 +105,7 @@ class Centred(OrwCfmW2):
         return Loss(loss * (loss - sums[batch.group] / 4).detach().sigmoid())
 
 
-@register_reward("brittle", source="tests", licence="none", range=(0.0, 1.0), differentiable=False, domain="points")
+@register_reward("unsteady", source="tests", licence="none", range=(0.0, 1.0), differentiable=False, domain="points")
 class Brittle(Reward):
     """The first coordinate, until its second call in the process of that rank, which gives NaN."""
 
@@ -117,7 +117,7 @@ class Brittle(Reward):
         return images.flatten(1)[:, 0] * (math.nan if broken else 1.0)
 
 
-@register_reward("shade", source="tests", licence="none", range=(0.0, 1.0), differentiable=True)
+@register_reward("evenly-shaded", source="tests", licence="none", range=(0.0, 1.0), differentiable=True)
 class Shade(Reward):
     """The mean brightness of an image."""
 
@@ -221,7 +221,7 @@ def main(root: Path) -> None:
             save_state(root / "shared" / "resumed", resumed)
             evaluated = {name: torch.from_numpy(values) for name, values in scores.scores.items()}
             save_state(root / "shared" / "evaluated", {"scores": evaluated, "grid": scores.grid})
-    brittle = Case("orw-cfm-w2", reward="brittle")
+    brittle = Case("orw-cfm-w2", reward="unsteady")
     said["failed"] = failure(brittle, root, root / "failed", "cpu")
     said["differs"] = failure(CASES["orw-cfm-w2"], root, root / "differs", "cpu", wrong=True)
     (root / f"said-{processes.rank}.json").write_text(json.dumps(said), encoding="utf-8")

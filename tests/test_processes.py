@@ -117,7 +117,7 @@ def test_two_processes_give_the_scores_of_one(root: Path, said: Said):
 
 def test_a_failure_in_one_process_ends_all_by_its_words_with_everything_saved(root: Path, said: Said):
     for each in said:
-        assert each["failed"].startswith("PeerError: process 1 of 2: reward 'brittle' is nan for the prompt")
+        assert each["failed"].startswith("PeerError: process 1 of 2: reward 'unsteady' is nan for the prompt")
     assert load_state(root / "failed" / CHECKPOINT)["iteration"] == 1
 
 
