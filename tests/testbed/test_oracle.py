@@ -9,7 +9,7 @@ from scipy import ndimage
 from flowbench.testbeds.shapes.oracle import judge, judge_images, see
 from flowbench.testbeds.shapes.world import all_captions, mutate, parse, render, sample_scenes
 
-SCENES = 5000
+SCENES = 2000
 
 
 @pytest.fixture(scope="module")
