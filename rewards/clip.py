@@ -8,9 +8,8 @@ import torch
 
 from flowbench.reward import register_reward
 from flowbench.scoring.checkpoints import Weights
-from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side
-from flowbench.scoring.towers.openclip import clip_weights, load_towers
+from flowbench.scoring.towers.openclip import TowersReward, clip_weights, load_towers
 
 
 @register_reward(
@@ -20,7 +19,7 @@ from flowbench.scoring.towers.openclip import clip_weights, load_towers
     range=(-1.0, 1.0),
     differentiable=True,
 )
-class Clip(NetworkReward):
+class Clip(TowersReward):
     """Cosine of the CLIP embeddings of image and prompt.
 
     model: an open_clip name with its `pretrained` tag or weights file, or a folder in open_clip's own format. A tag's
@@ -40,16 +39,7 @@ class Clip(NetworkReward):
         x = images.to(self.towers.device)
         if tuple(x.shape[-2:]) != self.towers.size:  # images of the right size keep the precision that they have
             x = self.preprocess(x)
-        return (self.towers.embed_images(x) * self.towers.embed_prompts(prompts)).sum(1)
-
-    def networks(self) -> tuple[torch.nn.Module, ...]:
-        return (self.towers.model,)
-
-    def to(self, device: torch.device) -> None:
-        self.towers.to(device)
-
-    def _half(self) -> None:
-        self.towers.halve()
+        return self.cosine(x, prompts)
 
     def weights(self) -> tuple[Weights, ...]:
         return (clip_weights(self.model_name, self.pretrained),)

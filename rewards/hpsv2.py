@@ -11,9 +11,8 @@ from flowbench.errors import UsageError
 from flowbench.models.presets import resolve_weights
 from flowbench.reward import register_reward
 from flowbench.scoring.checkpoints import Weights, find_file
-from flowbench.scoring.networks import NetworkReward
 from flowbench.scoring.preprocess import TensorPreprocessing, pad_longest_side
-from flowbench.scoring.towers.openclip import load_checkpoint, load_towers
+from flowbench.scoring.towers.openclip import TowersReward, load_checkpoint, load_towers
 
 HUB = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed", "v2.1": "HPS_v2.1_compressed"}  # of the hub repository, with .pt
@@ -27,7 +26,7 @@ ARCHITECTURE = "ViT-H-14"
     range=(-1.0, 1.0),
     differentiable=True,
 )
-class HpsV2(NetworkReward):
+class HpsV2(TowersReward):
     """Cosine of image and prompt under CLIP ViT-H/14 fine-tuned on human preferences (HPS v2.0 or v2.1).
 
     model: the hub id, a folder with the converted checkpoint, the checkpoint itself, or a folder in open_clip's own
@@ -57,16 +56,7 @@ class HpsV2(NetworkReward):
 
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         x = self.preprocess(images.to(self.towers.device))
-        return (self.towers.embed_images(x) * self.towers.embed_prompts(prompts)).sum(1)
-
-    def networks(self) -> tuple[torch.nn.Module, ...]:
-        return (self.towers.model,)
-
-    def to(self, device: torch.device) -> None:
-        self.towers.to(device)
-
-    def _half(self) -> None:
-        self.towers.halve()
+        return self.cosine(x, prompts)
 
     def weights(self) -> tuple[Weights, ...]:
         name = FILES[self.version]

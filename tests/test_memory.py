@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowbench.errors import RunError
-from flowbench.models.memory import Portion, divided
+from flowbench.models.memory import Portion
 
 
 class Device:
@@ -37,8 +37,8 @@ def test_a_portion_that_runs_out_of_memory_is_halved_alone_and_all_later_ones_ar
 
 
 def test_without_a_size_all_rows_are_done_at_once():
-    assert [*divided(Device(9).work, 9, None, "decoding")] == [[*range(9)]]
-    assert [*divided(Device(9).work, 0, None, "decoding")] == []
+    assert [*Portion("decoding", None).map(Device(9).work, 9)] == [[*range(9)]]
+    assert [*Portion("decoding", None).map(Device(9).work, 0)] == []
 
 
 def test_groups_are_never_cut_apart():
@@ -55,7 +55,7 @@ def test_groups_are_never_cut_apart():
 
 def test_what_does_not_fit_in_the_smallest_portion_is_said_with_the_remedy():
     with pytest.raises(RunError, match="out of memory: decoding does not fit even with one of its images") as raised:
-        [*divided(Device(0).work, 3, 2, "decoding")]
+        [*Portion("decoding", 2).map(Device(0).work, 3)]
     assert "--memory-limit" in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
 
@@ -70,12 +70,12 @@ def test_what_does_not_fit_in_the_smallest_portion_is_said_with_the_remedy():
     ],
 )
 def test_every_kind_of_exhausted_memory_is_recognised(error: Exception):
-    assert [*divided(Device(1, error).work, 2, None, "decoding")] == [[0], [1]]
+    assert [*Portion("decoding", None).map(Device(1, error).work, 2)] == [[0], [1]]
 
 
 def test_other_errors_are_passed_on():
     with pytest.raises(RuntimeError, match="shapes"):
-        [*divided(Device(1, RuntimeError("shapes do not match")).work, 2, None, "decoding")]
+        [*Portion("decoding", None).map(Device(1, RuntimeError("shapes do not match")).work, 2)]
 
 
 def test_work_that_adds_to_one_state_is_taken_back_and_done_again_from_the_beginning():

@@ -60,12 +60,15 @@ def build_reward(
 
 def training_reward(config: RunConfig, preset: ModelPreset, device: torch.device, standardized: bool = False) -> Reward:
     """The reward that a run trains on, where and as precise as its configuration says."""
-    training = config.training
+    half = device.type == "cuda" and half_on_gpu(config)
+    visiting = bool(config.training.offload) and device.type != "cpu"
+    return build_reward(config.reward, preset, device, standardized, half=half, visiting=visiting)
+
+
+def half_on_gpu(config: RunConfig) -> bool:
+    """Whether a run asks its reward to score in half precision on a GPU: never one whose gradient is trained on."""
     trains_on_gradient = "reward_grad" in algorithms.describe(config.algorithm).needs
-    half = device.type == "cuda" and training.reward_precision == "auto" and not trains_on_gradient
-    return build_reward(
-        config.reward, preset, device, standardized, half=half, visiting=bool(training.offload) and device.type != "cpu"
-    )
+    return config.training.reward_precision == "auto" and not trains_on_gradient
 
 
 def build_judges(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import multiprocessing
@@ -22,6 +21,7 @@ from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, RunInterruptedError
 from flowbench.experiments.run import DONE, RECORD, Listener, execute, run_folder
 from flowbench.launch import check_alone
+from flowbench.models.memory import release_memory
 from flowbench.record import Record, load_record
 from flowbench.registry import load_plugin_file
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
@@ -139,13 +139,6 @@ def run_job(job: Job, listener: Listener = Listener()) -> Outcome:
         return Outcome(job, None, str(error))
     finally:
         release_memory()
-
-
-def release_memory() -> None:
-    """Give unused memory back between two runs of one process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _sequential(jobs: Sequence[Job], listener: StudyListener, done: int, total: int) -> Iterator[Outcome]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from flowbench.caches import home
 from flowbench.errors import UsageError
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -16,8 +17,7 @@ VARIANTS = 64
 
 def cache_folder() -> Path:
     """Where compiled code is kept: in the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowbench" / "compiled"
-    return Path(os.environ.setdefault(CACHE, str(usual)))
+    return Path(os.environ.setdefault(CACHE, str(home() / "compiled")))
 
 
 class Compiler:

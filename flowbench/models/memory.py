@@ -79,11 +79,6 @@ class Portion:
         )
 
 
-def divided(work: Callable[[slice], T], n: int, size: int | None, what: str, unit: str = "images") -> Iterator[T]:
-    """work(rows) of consecutive portions of n rows; for work that is done once (see `Portion.map`)."""
-    return Portion(what, size, unit).map(work, n)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -12,7 +12,7 @@ import torch
 
 from flowbench.algorithm import Algorithm, Batch
 from flowbench.config import RunConfig
-from flowbench.evaluation.judges import build_reward
+from flowbench.evaluation.judges import build_reward, half_on_gpu
 from flowbench.evaluation.protocol import decode_batch
 from flowbench.experiments.planning.needs import Needs, Slope
 from flowbench.experiments.planning.stand_ins import Scorer, counting, on_meta
@@ -67,8 +67,7 @@ class _Dry:
                 num_steps=training.num_steps,
                 guidance_scale=training.guidance_scale,
             )
-        on_gradient = "reward_grad" in algorithms.describe(config.algorithm).needs
-        self.reward = self._built(config.reward, training.reward_precision == "auto" and not on_gradient)
+        self.reward = self._built(config.reward, half_on_gpu(config))
         self.scored = 0
         cls = algorithms.get(config.algorithm).cls
         self.algorithm: Algorithm[Any] = cls(cls.Config.model_validate(config.hyperparameters), self._score)

@@ -13,6 +13,7 @@ import torch
 from flowbench.errors import RunError, UsageError
 from flowbench.models.presets import EMBEDDED, resolve_weights
 from flowbench.scoring.checkpoints import Weights, are_random, brief, load_strictly, read_tensors
+from flowbench.scoring.networks import NetworkReward
 
 
 @contextmanager
@@ -60,6 +61,27 @@ class ClipTowers:
         """Compute both embeddings in float16; their length is still made 1 in float32."""
         self.model.half()
         self.dtype = torch.float16
+
+
+class TowersReward(NetworkReward):
+    """A reward that is the cosine of a model's embeddings of image and prompt; `load` makes its `towers`."""
+
+    towers: ClipTowers
+
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        """As in the base class."""
+        return (self.towers.model,)
+
+    def to(self, device: torch.device) -> None:
+        """As in the base class."""
+        self.towers.to(device)
+
+    def cosine(self, x: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        """Of preprocessed images (B, 3, *size) in [0, 1] and their prompts, (B,)."""
+        return (self.towers.embed_images(x) * self.towers.embed_prompts(prompts)).sum(1)
+
+    def _half(self) -> None:
+        self.towers.halve()
 
 
 def _hub_id(name: str, tag: str | None) -> str:
