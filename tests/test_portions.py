@@ -15,7 +15,8 @@ from tiny_pipelines import sd3
 
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError
-from flowbench.experiments.run import build_algorithm, build_policy, build_reward
+from flowbench.evaluation.judges import build_reward
+from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import family_class
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
