@@ -54,15 +54,7 @@ def evaluate_pairs(
     pairs: dict[str, Pair] = {}
     try:
         for split in splits:
-            base = kept.read(split)
-            # All processes read or all compute: one may find what another has just written.
-            cached = not policy.processes.any(base is None)
-            if base is None or not cached:
-                base = score_split(policy, "reference", split, judges, protocol, tick, portions)
-                if portions.undivided and policy.processes.is_main:
-                    kept.write(split, base)
-            else:
-                tick(count_images(policy, [split], protocol))
+            base, cached = kept.scores(split, tick, portions)
             tuned = score_split(policy, "current", split, judges, protocol, tick, portions)
             pairs[split.name] = Pair(base, tuned, cached)
     finally:

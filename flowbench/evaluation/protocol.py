@@ -19,6 +19,7 @@ from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
 from flowbench.models.presets import OWN_SPACING
 from flowbench.prompts import Prompt, PromptSplit, spread
+from flowbench.record import VERSION
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Conditioning
 from flowbench.scoring.visitor import Visitor
@@ -63,9 +64,13 @@ class Judges:
                 reward.leave()
 
 
-def protocol_hash(config: EvaluationConfig, splits: list[PromptSplit], spacing: str = OWN_SPACING) -> str:
-    """Ten hex digits over the protocol, its prompt files and the model's `sigma_spacing`."""
+def protocol_hash(
+    config: EvaluationConfig, splits: list[PromptSplit], spacing: str = OWN_SPACING, version: int = VERSION
+) -> str:
+    """Ten hex digits over the protocol, its prompt files and the model's `sigma_spacing`; version: of the record."""
     content: dict[str, Any] = {"config": hashable(undivided(config)), "splits": {s.name: s.sha256 for s in splits}}
+    if version > 1:  # in the first, all seeds had the same noise
+        content["noise"] = "a block for each seed"
     if spacing != OWN_SPACING:  # all that there was, once
         content["sigma_spacing"] = spacing
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
@@ -101,7 +106,7 @@ class Portions:
     """How many images an evaluation samples, decodes and scores at a time; less once memory has run out."""
 
     def __init__(self, policy: Policy, config: EvaluationConfig) -> None:
-        self.rollout = Portion("sampling in the evaluation", config.batch)
+        self.rollout = Portion("sampling in the evaluation", config.batch, ledger=policy.evaluations)
         self.decode = Portion("decoding in the evaluation", decode_batch(policy, config))
         self.score = Portion("scoring in the evaluation", config.batch)
         self._planned = self._sizes()
