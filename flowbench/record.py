@@ -23,7 +23,8 @@ PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # A score of a run that collapsed need not be a number, and must be read back.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
 
 class Score(_Part):
