@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
-from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.plugin_sources import is_own, sources
 from flowbench.prompts import choose_prompts
 from flowbench.prompts.needs import check_run
@@ -184,6 +184,7 @@ def resolve_config(
     check_window(config, preset)
     check_warmup(config)
     check_judges(config.evaluation, config.reward)
+    _check_kept(config.evaluation, preset)
     trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
     check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)
     return config
@@ -230,7 +231,13 @@ def evaluation_config(preset: ModelPreset, overrides: dict[str, Any], reward: st
     given = {key.removeprefix("evaluation."): value for key, value in overrides.items()}
     config: EvaluationConfig = _validate(EvaluationConfig, "evaluation", {**preset.evaluation, **given})
     check_judges(config, reward)
+    _check_kept(config, preset)
     return config
+
+
+def _check_kept(config: EvaluationConfig, preset: ModelPreset) -> None:
+    if config.keep_images and isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' makes points and no images; leave out --keep-images")
 
 
 def _default_sampler(needs: frozenset[str]) -> dict[str, Any]:

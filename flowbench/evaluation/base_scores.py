@@ -19,6 +19,7 @@ import torch
 import flowbench
 from flowbench.caches import Cache
 from flowbench.config import EvaluationConfig
+from flowbench.evaluation.album import Page
 from flowbench.evaluation.protocol import (
     Judges,
     Portions,
@@ -52,20 +53,24 @@ class BaseScores:
         self._shared = self._identity() if config.base_cache and self.cache.folder else None
 
     def scores(
-        self, split: PromptSplit, progress: Progress = lambda images: None, portions: Portions | None = None
+        self,
+        split: PromptSplit,
+        progress: Progress = lambda images: None,
+        portions: Portions | None = None,
+        page: Page | None = None,
     ) -> tuple[SplitScores, bool]:
         """The base model's scores, and whether they are those that were kept; else they are computed, and kept.
 
-        progress, portions: as in `score_split`.
+        progress, portions, page: as in `score_split`; for the images' sake they are computed in any case.
         """
         policy, config, portions = self.policy, self.config, portions or Portions(self.policy, self.config)
-        found = self.read(split)
+        found = None if page else self.read(split)
         # All processes read or all compute: one may find what another has just written.
         missing = policy.processes.any(found is None)
         if found is not None and not missing:
             progress(count_images(policy, [split], config))
             return found, True
-        computed = score_split(policy, "reference", split, self.judges, config, progress, portions)
+        computed = score_split(policy, "reference", split, self.judges, config, progress, portions, page)
         if portions.undivided and policy.processes.is_main:
             self.write(split, computed)
         return computed, False

@@ -22,6 +22,7 @@ from flowbench.evaluation.judges import build_judges, training_reward
 from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
 from flowbench.evaluation.protocol import guidance_scales
 from flowbench.experiments.inputs import keep_inputs
+from flowbench.experiments.kept import IMAGES, make_album, save_table
 from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
 from flowbench.models.counting import EVALUATION
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
@@ -200,7 +201,10 @@ def _execute(
         save_tuned(policy, folder / "checkpoints" / "tuned", config)
     evaluation_begun = time.perf_counter()
     with policy.evaluations.counted_as(EVALUATION):
-        pairs = evaluate_pairs(policy, splits, judges, protocol, listener.on_evaluation)
+        album = make_album(folder / IMAGES, processes) if protocol.keep_images else None
+        pairs = evaluate_pairs(policy, splits, judges, protocol, listener.on_evaluation, album)
+    if album:
+        save_table(album, protocol.seed, processes)
     scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
     seconds = time.perf_counter() - evaluation_begun
     (evaluations,) = processes.total((policy.evaluations.counts.get(EVALUATION, 0),))
