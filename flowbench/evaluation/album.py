@@ -15,9 +15,8 @@ from flowbench.prompts import Prompt
 from flowbench.terms import path_name
 
 # Prompts of a split, which prompt and which of its images each row is, images (N, 3, H, W), scores (N,) by metric.
-Keep: TypeAlias = (
-    "Callable[[Sequence[Prompt], Sequence[tuple[int, int]], torch.Tensor, Mapping[str, torch.Tensor]], None]"
-)
+Scored: TypeAlias = "Mapping[str, torch.Tensor]"
+Keep: TypeAlias = "Callable[[Sequence[Prompt], Sequence[tuple[int, int]], torch.Tensor, Scored], None]"
 Page: TypeAlias = "Callable[[str, str, float], Keep]"  # of a split, an ending of its metrics' names, a guidance scale
 
 
@@ -56,7 +55,7 @@ class Album:
             prompts: Sequence[Prompt],
             rows: Sequence[tuple[int, int]],
             images: torch.Tensor,
-            scores: Mapping[str, torch.Tensor],
+            scores: Scored,
         ) -> None:
             (self.folder / place).mkdir(parents=True, exist_ok=True)
             for i, (p, k) in enumerate(rows):

@@ -15,6 +15,8 @@ from flowbench.reward import Reward, checked_score
 from flowbench.scoring.visitor import Visitor
 from flowbench.testbeds.shapes.truth import truth
 
+Progress = Callable[[int], None]  # images done
+
 
 @dataclass(frozen=True)
 class Judges:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from flowbench.config import EvaluationConfig, hashable, undivided
 from flowbench.evaluation.album import Keep, Page
-from flowbench.evaluation.judging import Judges, Lot, score_images
+from flowbench.evaluation.judging import Judges, Lot, Progress, score_images
 from flowbench.models.flow import interpolate, velocity_error
 from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
@@ -26,8 +26,6 @@ from flowbench.terms import UNGUIDED
 
 W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID_PROMPTS, GRID_IMAGES = 12, 4
-
-Progress = Callable[[int], None]  # images done
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def score_split(
 
     Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance. All images are
     generated first, into the host's memory, and then scored by one judge after the other. The processes that share the
-    policy's work have some of the prompts each, and all of them the scores of all. page: of an album that keeps the images.
+    policy's work have some of the prompts each, and all of them the scores of all. page: of an album, for the images.
     """
     scales, portions = guidance_scales(policy, config), portions or Portions(policy, config)
     parts = {

@@ -71,8 +71,9 @@ def evaluate(
     """Score whatever lies at `path`; `model` is the preset that it belongs to, except for a run, which knows its own.
 
     prompts: a set's name, folder or file in place of the run's or model's own; all prompts of a file are one split,
-    named by its stem; images: a folder for the images that are scored, with a table of them. Raises UsageError for a path that holds nothing to score, an override of anything but the
-    evaluation, or prompts that cannot be used; RunError for weights that cannot be loaded.
+    named by its stem; images: a folder for the images that are scored, with a table of them. Raises UsageError for a
+    path that holds nothing to score, an override of anything but the evaluation, or prompts that cannot be used;
+    RunError for weights that cannot be loaded.
     """
     for key in overrides:
         if not key.startswith("evaluation."):
@@ -127,7 +128,10 @@ def _evaluate_run(
     policy, _ = load_tuned(folder, device, evaluated_texts(splits, config.evaluation))
     reward = training_reward(config, preset, device)
     judges = build_judges(config, reward, preset, device, splits)
-    protocol, album = config.protocol(), make_album(images, ALONE) if images else None
+    if images and isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' makes points and no images; leave out --keep-images")
+    protocol = config.evaluation if _one_noise(folder) else config.protocol()
+    album = make_album(images, ALONE) if images else None
     scores = compare(evaluate_pairs(policy, splits, judges, protocol, progress, album))
     if album:
         save_table(album, protocol.seed, ALONE)
@@ -159,6 +163,11 @@ def _judges_of(folder: Path, prompt_set: str, splits: Sequence[PromptSplit]) -> 
     if not judges:
         return None
     return (*usable(judges, prompt_set, splits), *(("oracle",) if reads_oracle(prompt_set) else ()))
+
+
+def _one_noise(folder: Path) -> bool:
+    """Whether the run was evaluated when all seeds had the same noise."""
+    return (folder / RECORD).is_file() and load_record(folder / RECORD).version < 2
 
 
 def _flat(protocol: EvaluationConfig) -> dict[str, Any]:
