@@ -18,7 +18,7 @@ from typing import Any
 
 from flowbench import __version__
 from flowbench.record import OWN, Source
-from flowbench.registry import Registry, algorithms, rewards
+from flowbench.registry import PLUGIN_FILE, Registry, algorithms, rewards
 
 
 def sources(algorithm: str, names: tuple[str, ...]) -> dict[str, Source]:
@@ -56,7 +56,7 @@ def _own(module: str) -> Source:
 @functools.cache  # as it was when it was imported, as nearly as can be told
 def _foreign(cls: type) -> Source:
     top = cls.__module__.partition(".")[0]
-    names = packages_distributions().get(top, ())
+    names = () if top.startswith(PLUGIN_FILE) else packages_distributions().get(top, ())  # which takes a while
     distribution = names[0] if names else None
     return Source(
         distribution=distribution,

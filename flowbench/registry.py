@@ -17,6 +17,7 @@ from typing import Any, Generic, Literal, TypeVar
 from flowbench.declared import read_declaration, summary
 from flowbench.errors import UsageError, did_you_mean
 
+PLUGIN_FILE = "flowbench_plugin_"  # begins the name of the module of a plug-in file
 NEEDS = frozenset({"endpoint", "states", "log_prob", "reward_grad", "old"})
 
 
@@ -259,7 +260,7 @@ def load_plugin_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"plug-in file '{path}' does not exist")
     before = dict(algorithms.loaded), dict(rewards.loaded)
-    name = f"flowbench_plugin_{path.stem}"
+    name = f"{PLUGIN_FILE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"plug-in file '{path}' is not a Python file; its name must end in .py")

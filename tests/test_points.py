@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable
@@ -11,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import flowbench
 from flowbench.config import RunConfig, resolve_config
-from flowbench.errors import RunError, RunInterruptedError
+from flowbench.errors import RunError, RunInterruptedError, UsageError
+from flowbench.evaluation.album import KeptImage
 from flowbench.evaluation.dev import DevScores, ImageDev, dev_split
 from flowbench.evaluation.judges import build_judges, build_reward
+from flowbench.experiments.kept import table as images_table
+from flowbench.experiments.outcome import failed_record
 from flowbench.experiments.run import Listener, execute
 from flowbench.models.policy import Policy
 from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.prompts import Prompt
 from flowbench.record import Point, load_record
 from flowbench.training.points import Points, read_points
 from flowbench.training.trainer import Trainer
@@ -39,9 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig) -> A
     folder, told = tmp_path_factory.mktemp("points"), []
     settings = {"training.ema": 0.5, "evaluation.judges": ["clip", "oracle"], "evaluation.base_cache": False}
     settings["evaluation.splits"] = ["dev"]
-    configs = [
-        tiny_config("orw-cfm-w2", seed=3, overrides={**settings, "evaluation.points": points}) for points in (2, 0)
-    ]
+    observed = {"evaluation.points": 2, "evaluation.keep_images": True}
+    configs = [tiny_config("orw-cfm-w2", seed=3, overrides={**settings, **more}) for more in (observed, {})]
     assert configs[0].hash() == configs[1].hash()
     listener = Listener(on_point=told.append)
     records = [execute(c, folder / name, "", False, listener) for c, name in zip(configs, ("with", "out"), strict=True)]
@@ -52,7 +58,8 @@ def test_points_change_nothing_of_the_run(runs: Any, read_log: ReadLog):
     folder, (record, without), _ = runs
     assert read_log(folder / "with") == read_log(folder / "out")
     assert record.scores == without.scores
-    assert record.identity == without.identity
+    failed = failed_record(RunConfig.model_validate(record.config), "", "")
+    assert record.identity == without.identity == failed.identity
     assert record.protocol_hash == without.protocol_hash
     assert without.points == ()
     assert without.dev_base == {}
@@ -100,6 +107,45 @@ def test_costs_are_counted_by_purpose_and_part(runs: Any):
     assert costs.flops is not None
     assert 1e7 < costs.flops / (forward + 2 * 32) < 1e8  # a backward pass is about two forward ones
     assert (costs.device, costs.precision) == (record.device, "float32")
+
+
+def test_kept_images_have_a_table_with_every_score_and_an_evaluation_again_makes_the_same(
+    runs: Any, flowbench_main: Callable[..., int], preset: ModelPreset
+):
+    folder, (record, _), _ = runs
+    place = folder / "with" / "images"
+    table = (place / "images.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(table.splitlines()))
+    names = [f"dev/{model}/{p:04d}-{k}.png" for model in ("base", "tuned") for p in range(4) for k in range(2)]
+    assert [row["file"] for row in rows] == names
+    assert sorted(path.relative_to(place).as_posix() for path in place.rglob("*.png")) == names
+    for metric in ("jpeg", "clip", "oracle_exact", "oracle_soft"):
+        for model in ("base", "tuned"):
+            each = [float(row[metric]) for row in rows if row["model"] == model]
+            assert sum(each) / 8 == pytest.approx(getattr(record.scores[f"{metric}/dev"], model), rel=1e-5)
+    assert [row["prompt"] for row in rows[8::2]] == record.prompts["dev"]
+    assert {row["noise_seed"] for row in rows} == {str(RunConfig.model_validate(record.config).protocol().seed)}
+    with Image.open(place / names[0]) as picture:
+        assert picture.size == (preset.width, preset.height)
+    assert not (folder / "out" / "images").exists()
+
+    (place / "dev" / "tuned" / "0009-0.png").touch()  # of an earlier evaluation of more prompts
+    assert flowbench_main("evaluate", folder / "with", "--keep-images", "--device", "cpu") == 0
+    assert (place / "images.csv").read_text(encoding="utf-8") == table
+    assert len([*place.rglob("*.png")]) == 16
+
+
+def test_images_are_kept_only_where_there_are_some_and_a_place_for_them(tmp_path: Path):
+    with pytest.raises(UsageError, match="'gaussian' makes points and no images; leave out --keep-images"):
+        resolve_config("raft", "linear", "gaussian", overrides={"evaluation.keep_images": True})
+    with pytest.raises(UsageError, match="no run folder: say with --output where"):
+        flowbench.evaluate(tmp_path, keep_images=True)
+
+
+def test_a_prompt_in_the_table_of_images_is_no_formula():
+    image = KeptImage("test/base/0000-0.png", "test", "base", 1.0, 0, 0, Prompt("=1+1, a sum"), {"clip": 0.25})
+    (row,) = csv.DictReader(images_table([image], 7).splitlines())
+    assert (row["prompt"], row["clip"], row["noise_seed"]) == ("'=1+1, a sum", "0.25", "7")
 
 
 class Weights:
