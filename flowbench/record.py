@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,18 +10,21 @@ import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
 
+VERSION = 2  # of what a record holds; records without a version are of version 1
 RANDOM = " (random)"  # behind the name of a model whose weights are random: never part of a comparison
+PRESET, OWN = "preset", "flowbench"  # a source that is data and in the settings' hash; the distribution of flowbench
 PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy", "scipy")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # A score of a run that collapsed need not be a number, and must be read back.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
 
 class Score(_Part):
@@ -48,13 +52,69 @@ class Spent(_Part):
     peak_memory_mb: float
 
 
+class Point(_Part):
+    """The averaged policy on split `dev` after so many images of training.
+
+    seconds: of training so far; function_evaluations: so far, training's alone; scores: means over dev's prompts and
+    images under the names that the final scores have, the reward trained on by its own; per_prompt: the reward and the
+    truth of each prompt, at the last point.
+    """
+
+    images: int
+    iteration: int
+    seconds: float
+    function_evaluations: int
+    scores: dict[str, float]
+    per_prompt: dict[str, list[float]] = {}
+
+
+class Costs(_Part):
+    """What a run spent, by kind.
+
+    function_evaluations: velocities of one latent each, by purpose: "sampling", "training" and "backward" (forward and
+    backward passes through the trained weights), "reference" (passes through any other view in an update), "dev" and
+    "evaluation"; guidance counts two. updates: optimizer steps of the policy; flops: floating-point operations of the
+    model in training, None where torch cannot count them; seconds: by part of the run, in which the parts of training
+    ("rollout", "decode", "reward", "prepare", "update", ...) are disjoint; device: what it ran on; precision: of the
+    model's weights.
+    """
+
+    images: int = 0
+    reward_calls: int = 0
+    function_evaluations: dict[str, int] = {}
+    updates: int = 0
+    flops: float | None = None
+    seconds: dict[str, float] = {}
+    peak_memory_mb: float = 0.0
+    device: str = ""
+    precision: str = ""
+
+
+class Source(_Part):
+    """Where code that decides a result comes from.
+
+    distribution, version: of the installed package, None for a file; sha256: of the class's file, or of all Python
+    files of a package that is not flowbench's own.
+    """
+
+    distribution: str | None = None
+    version: str | None = None
+    sha256: str
+
+
 class Record(_Part):
     """One run. scores: "metric/split" or "metric/split/category" to Score; per_prompt: "metric/split" to the values.
 
     "metric@1" is of images sampled without guidance, where "metric" is of those sampled with it. base_cached: splits
     whose base scores are those that an earlier run had kept.
+
+    version: 1 for records without one. points: scores on split `dev` during training, the last at the end of the
+    budget; dev_base: the base model's there. sources: of "algorithm", of each reward term and judge by its name, and of
+    "preset". status, failure: a run that failed has no scores, and says why in one line. ruleset ("defaults", "tuned",
+    "search"), workload, workload_hash: what a suite or a search ran it for. Every field: docs/records.md.
     """
 
+    version: int = 1
     algorithm: str
     reward: str
     model: str
@@ -75,6 +135,31 @@ class Record(_Part):
     device: str
     versions: dict[str, str]
     finished: str
+    points: tuple[Point, ...] = ()
+    dev_base: dict[str, float] = {}
+    costs: Costs = Costs()
+    sources: dict[str, Source] = {}
+    status: Literal["finished", "failed"] = "finished"
+    failure: str | None = None
+    ruleset: str | None = None
+    workload: str | None = None
+    workload_hash: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Ten hex digits over what decides a result, seed and machine aside: only records that share it are averaged.
+
+        Algorithm, model, reward, settings, protocol, prompts, and the source of every plug-in that is not flowbench's
+        own; what flowbench itself is, `commit` says. Prompts that only the points are scored on are no part of it.
+        """
+        used = {"train", *self.config.get("evaluation", {}).get("splits", self.prompts)}
+        foreign = {name: s.sha256 for name, s in self.sources.items() if name != PRESET and s.distribution != OWN}
+        content = {
+            "what": [self.algorithm, self.model, self.reward, self.config_hash, self.protocol_hash],
+            "prompts": {name: digest for name, digest in self.prompt_hashes.items() if name in used},
+            "sources": foreign,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
     def save(self, path: Path) -> None:
         """Write the record, to a temporary name first."""

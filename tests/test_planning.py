@@ -152,6 +152,17 @@ def test_a_run_makes_the_images_and_function_evaluations_that_were_computed(
     assert trainer.policy.function_evaluations == counts.training.total + made * sum(computed.evaluations.values())
 
 
+def test_the_images_of_the_points_are_counted_with_the_base_models(tiny_config: Callable[..., RunConfig]):
+    def on_dev(**settings: object) -> int | None:
+        given = {f"evaluation.{name}": value for name, value in settings.items()}
+        counts = count(tiny_config("raft", "jpeg", overrides=given))
+        return counts.dev and counts.dev.images
+
+    assert on_dev(points=0) is None
+    assert on_dev(points=1) == 2 * 4 * 2  # base and point, four prompts, two images
+    assert on_dev(points=5, dev_images_per_prompt=3) == 3 * 4 * 3  # no more points than the two iterations
+
+
 def test_the_images_of_an_evaluation_are_counted_exactly(shared_policy: Policy, preset_file: str):
     config = _config(preset_file, **{"evaluation.prompts": 100})
     splits = [load_split("shapes", name) for name in config.evaluation.splits]

@@ -33,6 +33,7 @@ def dry_run(config: RunConfig, plan: Plan | None = None) -> None:
         f"cost: {t.images} training images ({counts.training.total} function evaluations to sample them) in "
         f"{counts.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; "
         f"{counts.evaluation_images} images to evaluate"
+        + (f"; {counts.dev.images} images on dev at the points of the budget" if counts.dev else "")
     )
     if plan is not None:
         from flowbench.cli.display.planning import show
