@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import shlex
@@ -13,9 +12,10 @@ from typing import Any, Literal
 
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, RunInterruptedError, UsageError
+from flowbench.experiments.outcome import failed_record
 from flowbench.experiments.run import DONE, RECORD, Listener, execute, run_folder
 from flowbench.models.memory import release_memory
-from flowbench.record import VERSION, Record, Spent, code_commit, load_record, package_versions
+from flowbench.record import Record, load_record
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
 
 INTERRUPTED = "interrupted; finished runs are kept, the same command continues"
@@ -179,38 +179,5 @@ def forget_failure(job: Job) -> None:
 
 def keep_failure(job: Job, failure: str) -> None:
     """Leave a record of a run that failed, in the place of that of a finished one."""
-    config = job.config
-    nothing = Spent(
-        images=0,
-        reward_calls=0,
-        function_evaluations=0,
-        seconds=0.0,
-        evaluation_seconds=0.0,
-        overhead=0.0,
-        peak_memory_mb=0.0,
-    )
-    record = Record(
-        version=VERSION,
-        algorithm=config.algorithm,
-        reward=config.reward,
-        model=config.model,
-        seed=config.seed,
-        budget=nothing,
-        scores={},
-        per_prompt={},
-        prompts={},
-        config=config.model_dump(mode="json"),
-        config_hash=config.hash(),
-        protocol_hash="",
-        prompt_hashes={},
-        reward_provenance={},
-        command=job.command,
-        commit=code_commit(),
-        device="",
-        versions=package_versions(),
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        status="failed",
-        failure=failure,
-        **(vars(job.stamp) if job.stamp else {}),
-    )
-    record.save(job.folder / RECORD)
+    record = failed_record(job.config, job.command, failure)
+    record.model_copy(update=vars(job.stamp) if job.stamp else {}).save(job.folder / RECORD)
