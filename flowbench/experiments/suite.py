@@ -24,12 +24,9 @@ from flowbench.workloads import Workload, first_fault, load_workload
 
 FOLDER = Path(__file__).parent / "suites"
 
-# Settings that only divide the work, and so are free under every ruleset.
-FREE = {
-    f"{name}.{key}"
-    for name, of in (("training", TrainingConfig), ("evaluation", EvaluationConfig))
-    for key in of.divides
-}
+# Settings that only divide or observe the work, and so are free under every ruleset; but targets need the points.
+FREE = {f"training.{name}" for name in TrainingConfig.divides}
+FREE |= {f"evaluation.{name}" for name in (*EvaluationConfig.divides, "dev_judges", "keep_images")}
 
 
 class _Part(BaseModel):
