@@ -20,6 +20,7 @@ from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
+from flowbench.cli import suites as cli_suites
 from flowbench.cli import testbed as cli_testbed
 from flowbench.cli.options import (
     DeviceOption,
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_rewards.app, name="rewards")
+app.add_typer(cli_suites.app, name="suite")
 
 
 @app.command()
@@ -140,7 +142,9 @@ def sample(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="algorithms, rewards, models, prompts or runs.")] = "algorithms",
+    what: Annotated[
+        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads or runs.")
+    ] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
 ) -> None:
@@ -182,6 +186,7 @@ def leaderboard(
 
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
+app.command()(cli_suites.compare)
 app.command()(cli_probe.probe)
 app.command()(cli_bench.bench)
 
