@@ -37,7 +37,7 @@ from flowbench.models.flow import interpolate
 from flowbench.models.policy import Policy
 
 
-@register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"})
+@register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"}, family="reward-gradient")
 class Draft(Algorithm["Draft.Config"]):
     """Direct reward fine-tuning: back-propagates the reward through the sampler's last steps."""
 

@@ -37,7 +37,7 @@ from flowbench.models.flow import predict_x0, velocity_error
 from flowbench.models.policy import Policy
 
 
-@register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"})
+@register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"}, family="reward-gradient")
 class Refl(Algorithm["Refl.Config"]):
     """Reward feedback learning: back-propagates the reward through one late sampler step."""
 
