@@ -108,7 +108,11 @@ def _one_per_seed(records: Sequence[Record]) -> tuple[list[Record], tuple[str, .
         by_run.setdefault((r.algorithm, r.identity, r.seed, r.workload), []).append(r)
     chosen, repeated = [], []
     for (algorithm, _, seed, _), same in sorted(by_run.items(), key=lambda item: (*item[0][:3], item[0][3] or "")):
-        best = max(same, key=lambda r: (r.status == "finished", r.finished, json.dumps(_results(r), sort_keys=True)))
+        best = same[0]
+        if len(same) > 1:
+            best = max(
+                same, key=lambda r: (r.status == "finished", r.finished, json.dumps(_results(r), sort_keys=True))
+            )
         chosen.append(best)
         if any(_results(r) != _results(best) for r in same):
             repeated.append(f"{plain(algorithm)} seed {seed}")
