@@ -68,7 +68,7 @@ from flowbench.toolkit.seeing import CriticKind, PreviewCritic, make_critic
 from flowbench.toolkit.shaping import WEIGHTS, Kind, RewardShaping, Weighting, clipped, effective_sample_size
 
 
-@register_algorithm("acflow", paper="arXiv:2510.18072", needs={"endpoint", "states"})
+@register_algorithm("acflow", paper="arXiv:2510.18072", needs={"endpoint", "states"}, family="forward-process")
 class AcFlow(Algorithm["AcFlow.Config"]):
     """Actor-critic flow matching: a critic of intermediate states turns rewards into clipped, generalized weights."""
 
@@ -97,6 +97,12 @@ class AcFlow(Algorithm["AcFlow.Config"]):
             return 0 if self.critic == "none" else self.warmup
 
     cfg: Config
+    metrics: ClassVar = {
+        "critic_loss": "error of V against its target",
+        "explained_variance": "share of the target's variance that V explains, from this sigma on",
+        "clipped": "share of advantages at the bound",
+        "effective_sample_size": "(sum |w|)^2 / (n sum w^2), before centring",
+    }
     defaults: ClassVar = {
         # Found in runs of one to five seeds: docs/mini-sd3-search.md.
         "mini-sd3": Defaults(

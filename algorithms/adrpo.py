@@ -36,7 +36,7 @@ from flowbench.models.policy import Policy
 from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig, renoised
 
 
-@register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"})
+@register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"}, family="forward-process")
 class Adrpo(Matching["Adrpo.Config"]):
     """Advantage-weighted flow matching whose pull to the reference adapts to each image's advantage."""
 
@@ -45,6 +45,9 @@ class Adrpo(Matching["Adrpo.Config"]):
 
     cfg: Config
     # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    metrics: ClassVar = {
+        "strength": "mean of |A| / beta0",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults(
             {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}

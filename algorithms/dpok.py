@@ -47,7 +47,7 @@ from flowbench.toolkit.value import StepValue
 VALUE_STEPS: Mapping[str, Any] = {"auxiliary_steps": 1}
 
 
-@register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"})
+@register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"}, family="policy-gradient")
 class Dpok(StepPolicyGradient["Dpok.Config"]):
     """Policy gradient over the sampler's steps with a learned value, and the exact KL of each step to the reference."""
 
@@ -56,6 +56,11 @@ class Dpok(StepPolicyGradient["Dpok.Config"]):
         value: bool = Field(True, description="subtract a learned value of state, text and step; reference's v_flag")
 
     cfg: Config
+    metrics: ClassVar = {
+        "kl": "exact KL per step, in nats",
+        "explained_variance": "share of the rewards' variance that V explains",
+        "value_loss": "mean squared error of V, in deviations of the reward",
+    }
     defaults: ClassVar = {
         **{
             model: Defaults({**settings.training, **VALUE_STEPS}, settings.algorithm)

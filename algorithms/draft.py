@@ -37,7 +37,7 @@ from flowbench.models.flow import interpolate
 from flowbench.models.policy import Policy
 
 
-@register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"})
+@register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"}, family="reward-gradient")
 class Draft(Algorithm["Draft.Config"]):
     """Direct reward fine-tuning: back-propagates the reward through the sampler's last steps."""
 
@@ -53,6 +53,9 @@ class Draft(Algorithm["Draft.Config"]):
             return noises
 
     cfg: Config
+    metrics: ClassVar = {
+        "reward_replayed": "mean reward of the images computed again with gradient",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults({"learning_rate": 1.5e-4, "minibatch": 32}),  # docs/mini-sd3-search.md
         # The pipeline's own grid ends with a step that changes nothing: two are the paper's one (docs/sampling.md).

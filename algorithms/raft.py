@@ -35,7 +35,7 @@ from flowbench.toolkit.defaults import MINI_SD3_LORA
 from flowbench.toolkit.matching import Matching, MatchingConfig, renoised
 
 
-@register_algorithm("raft", paper="arXiv:2304.06767", needs={"endpoint"})
+@register_algorithm("raft", paper="arXiv:2304.06767", needs={"endpoint"}, family="forward-process")
 class Raft(Matching["Raft.Config"]):
     """Reward-ranked fine-tuning: flow matching on the best images of each prompt."""
 
@@ -45,6 +45,9 @@ class Raft(Matching["Raft.Config"]):
 
     cfg: Config
     # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    metrics: ClassVar = {
+        "kept": "mean reward of the kept images above their prompt's mean",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults(
             {

@@ -37,7 +37,7 @@ from flowbench.models.flow import predict_x0, velocity_error
 from flowbench.models.policy import Policy
 
 
-@register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"})
+@register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"}, family="reward-gradient")
 class Refl(Algorithm["Refl.Config"]):
     """Reward feedback learning: back-propagates the reward through one late sampler step."""
 
@@ -50,6 +50,9 @@ class Refl(Algorithm["Refl.Config"]):
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2")
 
     cfg: Config
+    metrics: ClassVar = {
+        "reward_x0_hat": "mean reward of the one-step predictions x0_hat",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults({"learning_rate": 3e-4, "minibatch": 32}),  # docs/mini-sd3-search.md
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),  # as the reference code: docs/guidance.md

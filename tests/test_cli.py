@@ -134,6 +134,7 @@ def test_a_misspelling_is_answered_within_a_second_in_one_line(arguments: list[s
         (["run", "acflow", "--plugin", "absent.py"], 2, "plug-in file 'absent.py' does not exist"),
         (["run", "acflow", "--device", "tpu"], 2, "device 'tpu' cannot be used"),
         (["leaderboard", "--format", "pdf"], 2, "unknown format 'pdf'"),
+        (["ablate", "acflow", "--table", "t.md"], 2, "--table writes a file; add --format markdown"),
     ],
 )
 def test_wrong_usage_exits_with_two_and_one_line_that_names_it(

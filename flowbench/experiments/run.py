@@ -35,7 +35,8 @@ from flowbench.prompts import load_split, spread
 from flowbench.record import Point, Record, read_metrics, write_atomically
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
-from flowbench.reporting.plots import learning_curves, sample_grid
+from flowbench.reporting.plots import learning_curves
+from flowbench.reporting.samples import draw_pairs
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Rollout
 from flowbench.terms import path_name
@@ -241,13 +242,10 @@ def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
 
 def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig, way: Way = NO_WAY) -> None:
     """Sample grids before and after, where samples are images, and the learning curves."""
-    for split, pair in pairs.items():
-        if pair.base.grid.shape[2] != 3:
-            continue
-        prompts = [p.text for p in pair.base.prompts[: len(pair.base.grid)]]
-        sample_grid(folder / "samples" / f"{split}.png", {"base": pair.base.grid, "tuned": pair.tuned.grid}, prompts)
     title = f"{config.algorithm} on {config.reward}, seed {config.seed}"
-    learning_curves(folder / "curves.png", read_metrics(folder / METRICS), title, config.reward, way.base, way.points)
+    draw_pairs(folder / "samples", pairs, config.reward, title)
+    log = read_metrics(folder / METRICS)
+    learning_curves(folder / "curves.png", log, title, config.reward, way.base, way.points, config.algorithm)
 
 
 def load_tuned(folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> tuple[Policy, RunConfig]:

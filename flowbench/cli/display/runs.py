@@ -51,7 +51,7 @@ def scores(record: Record, folder: Path) -> None:
         f"{b.seconds:.0f} s training + {b.evaluation_seconds:.0f} s evaluation, peak {b.peak_memory_mb / 1024:.2f} GB",
         soft_wrap=True,
     )
-    parts = ("record.json", "curves.png", "frontier.png", "samples/", "checkpoints/tuned/")
+    parts = ("record.json", "curves.png", "metrics.png", "frontier.png", "samples/", "checkpoints/tuned/")
     there = ", ".join(part for part in parts if (folder / part).exists())
     console.print(f"{folder}: {there}", highlight=False, soft_wrap=True)
 
