@@ -58,7 +58,7 @@ class Dpok(StepPolicyGradient["Dpok.Config"]):
     cfg: Config
     defaults: ClassVar = {
         **{
-            model: Defaults({**settings.training, **VALUE_STEPS}, settings.algorithm)
+            model: Defaults({**settings.training, **VALUE_STEPS}, settings.algorithm, settings.log)
             for model, settings in STEP_DEFAULTS.items()
         },
         # train_online_pg.py, v_lr: here too a run has thousands of steps.

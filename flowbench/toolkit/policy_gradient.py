@@ -18,7 +18,7 @@ from flowbench.models.flow import Step
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Rollout, transitions
 from flowbench.stored import HOST
-from flowbench.toolkit.defaults import MINI_SD3_LORA
+from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA
 
 
 class StepConfig(AlgorithmConfig):
@@ -31,7 +31,7 @@ class StepConfig(AlgorithmConfig):
 
 STEP_DEFAULTS: Mapping[str, Defaults] = {
     # Policy gradients are noisy: noise in the first three steps only, where most of an image's reward is decided, large
-    # groups, and LoRA, which leaves the noise fewer directions. Found in runs of one to five seeds: mini-sd3-search.md.
+    # groups, and LoRA, which leaves the noise fewer directions.
     "mini-sd3": Defaults(
         training={
             **MINI_SD3_LORA,
@@ -41,7 +41,8 @@ STEP_DEFAULTS: Mapping[str, Defaults] = {
             "minibatch": 96,
             "sde_window": 3,
             "sde_window_stay": 1000,
-        }
+        },
+        log=HAND_SEARCH,
     ),
     # In the plane, 40 transitions per image make large minibatches cheap, and the log-probabilities of two dimensions
     # need a wider clip range than those of an image's latents.

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
 ANALYTIC = "analytic:"  # a source that is a formula
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+ALGORITHM_SECTIONS = ("training", "algorithm")  # of a preset's settings of an algorithm
 OWN_SPACING: Literal["pipeline"] = "pipeline"  # of a sampler's steps: that of the pipeline's own call
 
 
@@ -32,7 +33,7 @@ class ModelPreset(BaseModel):
     constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring their
     own defaults for the models that they know by name; like: the built-in model whose defaults they use if they do not
     know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on this
-    model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
+    model, in the sections training and algorithm; the same for every reward.
     random_init: weights, also those of the rewards, are drawn at random instead of read; to measure, not to compare.
     """
 
@@ -76,11 +77,10 @@ class ModelPreset(BaseModel):
         """W of an image, in pixels."""
         return self.resolution if isinstance(self.resolution, int) else self.resolution[1]
 
-    def settings(self, algorithm: str, reward: str) -> dict[str, dict[str, Any]]:
-        """What the preset itself says, by section, of an algorithm on a reward."""
-        general = self.algorithms.get(algorithm, {})
-        special = general.get("rewards", {}).get(reward, {})
-        return {name: {**general.get(name, {}), **special.get(name, {})} for name in ("training", "algorithm")}
+    def settings(self, algorithm: str) -> dict[str, dict[str, Any]]:
+        """What the preset itself says of an algorithm, by section."""
+        own = self.algorithms.get(algorithm, {})
+        return {name: own.get(name, {}) for name in ALGORITHM_SECTIONS}
 
     def resolve_source(self) -> str:
         """The folder or hub id to load; a folder of that name below FLOWBENCH_WEIGHTS comes first."""
@@ -173,6 +173,12 @@ def _check_names(preset: ModelPreset, path: Path) -> None:
         family_entry(preset.family)
     except UsageError as error:
         raise UsageError(f"model file '{path}': {error}") from error
+    for algorithm, sections in preset.algorithms.items():
+        for section in set(sections) - set(ALGORITHM_SECTIONS):
+            raise UsageError(
+                f"model file '{path}' has settings of {algorithm} under '{section}'; use training and algorithm: no "
+                "setting may depend on the reward's name"
+            )
     if preset.like is not None and preset.like not in preset_names():
         known = did_you_mean(preset.like, preset_names())
         raise UsageError(f"model file '{path}' is like '{preset.like}', which is no built-in model{known}")
