@@ -21,6 +21,7 @@ from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
 from flowbench.cli import testbed as cli_testbed
+from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
     DeviceOption,
     JsonOption,
@@ -176,6 +177,7 @@ def leaderboard(
         typer.echo(text, nl=False)
 
 
+app.command()(cli_tune.tune)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
 app.command()(cli_probe.probe)

@@ -6,3 +6,4 @@ MODEL = "mini-sd3"
 REWARD = "clip"
 DEVICE = "auto"
 OUTPUT = Path("runs")
+SEARCHES = Path("leaderboard/search")  # logs of searches
