@@ -69,7 +69,7 @@ from flowbench.toolkit.seeing import CriticKind, PreviewCritic, make_critic
 from flowbench.toolkit.shaping import WEIGHTS, Kind, RewardShaping, Weighting, clipped, effective_sample_size
 
 
-@register_algorithm("acflow", paper="arXiv:2510.18072", needs={"endpoint", "states"})
+@register_algorithm("acflow", paper="arXiv:2510.18072", needs={"endpoint", "states"}, family="forward-process")
 class AcFlow(Algorithm["AcFlow.Config"]):
     """Actor-critic flow matching: a critic of intermediate states turns rewards into clipped, generalized weights."""
 

@@ -37,7 +37,7 @@ from flowbench.toolkit.defaults import HAND_SEARCH
 from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig, renoised
 
 
-@register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"})
+@register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"}, family="forward-process")
 class Adrpo(Matching["Adrpo.Config"]):
     """Advantage-weighted flow matching whose pull to the reference adapts to each image's advantage."""
 

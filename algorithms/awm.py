@@ -45,7 +45,7 @@ from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, Traili
 from flowbench.toolkit.policy_gradient import clipped_surrogate
 
 
-@register_algorithm("awm", paper="arXiv:2509.25050", needs={"endpoint"})
+@register_algorithm("awm", paper="arXiv:2509.25050", needs={"endpoint"}, family="forward-process")
 class Awm(TrailingMatching["Awm.Config"]):
     """Advantage weighted matching: a clipped policy gradient whose log-probability is the flow-matching loss."""
 

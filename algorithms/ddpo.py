@@ -37,7 +37,7 @@ from flowbench.toolkit.policy_gradient import (
 )
 
 
-@register_algorithm("ddpo", paper="arXiv:2305.13301", needs={"states", "log_prob"})
+@register_algorithm("ddpo", paper="arXiv:2305.13301", needs={"states", "log_prob"}, family="policy-gradient")
 class Ddpo(StepPolicyGradient["Ddpo.Config"]):
     """Denoising diffusion policy optimisation: a clipped policy gradient over the sampler's steps."""
 

@@ -47,7 +47,7 @@ from flowbench.toolkit.value import StepValue
 VALUE_STEPS: Mapping[str, Any] = {"auxiliary_steps": 1}
 
 
-@register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"})
+@register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"}, family="policy-gradient")
 class Dpok(StepPolicyGradient["Dpok.Config"]):
     """Policy gradient over the sampler's steps with a learned value, and the exact KL of each step to the reference."""
 

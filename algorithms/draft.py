@@ -38,7 +38,7 @@ from flowbench.models.policy import Policy
 from flowbench.toolkit.defaults import HAND_SEARCH
 
 
-@register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"})
+@register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"}, family="reward-gradient")
 class Draft(Algorithm["Draft.Config"]):
     """Direct reward fine-tuning: back-propagates the reward through the sampler's last steps."""
 

@@ -41,7 +41,7 @@ from flowbench.toolkit.policy_gradient import (
 )
 
 
-@register_algorithm("flow-grpo", paper="arXiv:2505.05470", needs={"states", "log_prob"})
+@register_algorithm("flow-grpo", paper="arXiv:2505.05470", needs={"states", "log_prob"}, family="policy-gradient")
 class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
     """Group relative policy optimisation over the steps of a stochastic flow sampler."""
 

@@ -43,7 +43,7 @@ from flowbench.toolkit.defaults import HAND_SEARCH
 from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, Renoised, TrailingMatching, renoised
 
 
-@register_algorithm("nft", paper="arXiv:2509.16117", needs={"endpoint", "old"})
+@register_algorithm("nft", paper="arXiv:2509.16117", needs={"endpoint", "old"}, family="forward-process")
 class Nft(TrailingMatching["Nft.Config"]):
     """DiffusionNFT: contrasts an implicit positive and an implicit negative velocity around the sampling policy."""
 

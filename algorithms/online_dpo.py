@@ -41,7 +41,7 @@ from flowbench.toolkit.defaults import HAND_SEARCH
 from flowbench.toolkit.matching import renoised
 
 
-@register_algorithm("online-dpo", paper="arXiv:2311.12908", needs={"endpoint"})
+@register_algorithm("online-dpo", paper="arXiv:2311.12908", needs={"endpoint"}, family="preference")
 class OnlineDpo(Algorithm["OnlineDpo.Config"]):
     """Diffusion-DPO in velocity form on the best and the worst image of each prompt."""
 

@@ -52,7 +52,7 @@ from flowbench.toolkit.matching import renoised
 PLANE: Mapping[str, Any] = {"sigma_distribution": "uniform", "epochs": 8, "ema": 0.98}
 
 
-@register_algorithm("orw-cfm-w2", paper="arXiv:2502.06061", needs={"endpoint"})
+@register_algorithm("orw-cfm-w2", paper="arXiv:2502.06061", needs={"endpoint"}, family="forward-process")
 class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
     """Online reward-weighted flow matching with Wasserstein-2 regularisation."""
 

@@ -35,7 +35,7 @@ from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA
 from flowbench.toolkit.matching import Matching, MatchingConfig, renoised
 
 
-@register_algorithm("raft", paper="arXiv:2304.06767", needs={"endpoint"})
+@register_algorithm("raft", paper="arXiv:2304.06767", needs={"endpoint"}, family="forward-process")
 class Raft(Matching["Raft.Config"]):
     """Reward-ranked fine-tuning: flow matching on the best images of each prompt."""
 

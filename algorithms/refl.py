@@ -38,7 +38,7 @@ from flowbench.models.policy import Policy
 from flowbench.toolkit.defaults import HAND_SEARCH
 
 
-@register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"})
+@register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"}, family="reward-gradient")
 class Refl(Algorithm["Refl.Config"]):
     """Reward feedback learning: back-propagates the reward through one late sampler step."""
 

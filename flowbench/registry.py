@@ -19,15 +19,23 @@ from flowbench.errors import UsageError, did_you_mean
 
 NEEDS = frozenset({"endpoint", "states", "log_prob", "reward_grad", "old"})
 
+OTHER = "other"
+# How an algorithm turns a reward into an update; tables and pictures sort and colour by it.
+FAMILIES = ("forward-process", "policy-gradient", "reward-gradient", "preference", OTHER)
+
 
 @dataclass(frozen=True)
 class AlgorithmInfo:
-    """What an algorithm says of itself. needs: a subset of NEEDS, checked against sampler and reward before loading."""
+    """What an algorithm says of itself.
+
+    needs: a subset of NEEDS, checked against sampler and reward before loading; family: one of FAMILIES.
+    """
 
     name: str
     paper: str
     needs: frozenset[str]
     summary: str
+    family: str = OTHER
 
 
 @dataclass(frozen=True)
@@ -166,10 +174,14 @@ def _plain(name: str) -> str:
     return "remote" if is_url(name) else name
 
 
-def _algorithm_info(name: str, summary: str, *, paper: str, needs: Iterable[str]) -> AlgorithmInfo:
+def _algorithm_info(name: str, summary: str, *, paper: str, needs: Iterable[str], family: str = OTHER) -> AlgorithmInfo:
     for need in set(needs) - NEEDS:
         raise UsageError(f"algorithm '{name}' needs '{need}', which is unknown{did_you_mean(need, NEEDS)}")
-    return AlgorithmInfo(name, paper, frozenset(needs), summary)
+    if family not in FAMILIES:
+        raise UsageError(
+            f"algorithm '{name}' is of family '{family}', which is unknown{did_you_mean(family, FAMILIES)}"
+        )
+    return AlgorithmInfo(name, paper, frozenset(needs), summary, family)
 
 
 def _reward_info(
@@ -196,14 +208,15 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def register_algorithm(name: str, *, paper: str, needs: set[str]) -> Callable[[C], C]:
+def register_algorithm(name: str, *, paper: str, needs: set[str], family: str = OTHER) -> Callable[[C], C]:
     """Class decorator for an algorithm; the docstring's first line becomes its summary.
 
-    Raises UsageError for a need that the core does not know, or a name that is taken.
+    family: how it turns a reward into an update, one of FAMILIES; tables and pictures colour by it.
+    Raises UsageError for a need or a family that the core does not know, or a name that is taken.
     """
 
     def register(cls: C) -> C:
-        info = _algorithm_info(name, summary(cls.__doc__), paper=paper, needs=needs)
+        info = _algorithm_info(name, summary(cls.__doc__), paper=paper, needs=needs, family=family)
         cls.info = info  # type: ignore[attr-defined]
         algorithms.add(Plugin(cls, info))
         return cls
