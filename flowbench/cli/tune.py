@@ -7,18 +7,16 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption, ModelOption, PluginOption
+from flowbench.cli.options import DeviceOption, PluginOption
 from flowbench.errors import UsageError
-from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD, SEARCHES
+from flowbench.experiments.defaults import DEVICE, OUTPUT, SEARCHES, WORKLOAD
 
 
 def tune(
     algorithm: Annotated[list[str], typer.Argument(help="Algorithms; see 'flowbench list algorithms'.")],
-    reward: Annotated[str, typer.Option(help="Reward to train on, and to select by.")] = REWARD,
-    model: ModelOption = MODEL,
-    images: Annotated[int | None, typer.Option(min=1, help="Budget of each run; default: the model's.")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials of a study; by the rules 20, of several 5.")] = None,
-    studies: Annotated[int, typer.Option(min=1, help="Independent studies; more than one is ruleset 'tuned'.")] = 1,
+    workload: Annotated[str, typer.Option(help="Workload, or a workload's YAML file.")] = WORKLOAD,
+    trials: Annotated[int | None, typer.Option(min=1, help="Of a study; by the rules 20, or 5.")] = None,
+    studies: Annotated[int, typer.Option(min=1, help="Independent ones; more than one is ruleset 'tuned'.")] = 1,
     finalists: Annotated[int | None, typer.Option(min=0, help="Trials that run again; by the rules 3.")] = None,
     more_seeds: Annotated[int | None, typer.Option(min=0, help="With so many more seeds; by the rules 2.")] = None,
     sampler: Annotated[str, typer.Option(help="qmc, a scrambled Sobol sequence; tpe is outside the rules.")] = "qmc",
@@ -36,11 +34,13 @@ def tune(
         raise UsageError(f"unknown sampler '{sampler}'; use qmc, or tpe outside the rules")
     from flowbench.registry import algorithms, load_plugin_file
     from flowbench.settings import parse_assignments
+    from flowbench.workloads import load_workload
 
     for file in plugin:
         load_plugin_file(file)
     for name in algorithm:
         algorithms.describe(name)  # a misspelling is answered before torch is imported
+    chosen, given = load_workload(workload), parse_assignments(settings)
 
     from flowbench.cli.display import studies as display_studies
     from flowbench.cli.display import tune as display
@@ -48,13 +48,9 @@ def tune(
     from flowbench.experiments.tuning.search import Places
     from flowbench.experiments.tuning.tune import planned
     from flowbench.experiments.tuning.tune import tune as search
-    from flowbench.experiments.tuning.workload import search_workload
 
-    workload = search_workload(model, reward, images)
-    given = parse_assignments(settings)
-    plan = search_plan(
-        workload, trials, studies, finalists, more_seeds, "tpe" if sampler == "tpe" else "qmc", seed, given
-    )
+    kind = "tpe" if sampler == "tpe" else "qmc"
+    plan = search_plan(chosen, trials, studies, finalists, more_seeds, kind, seed, given)
     places = Places(runs, output, device, tuple(plugin))
     if dry_run:
         display_studies.plan(planned(algorithm, plan, places))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbench.algorithm import Choice, Dimension, LogUniform
+from flowbench.reporting.style import FULL, Theme, caption, figure, mark, save_variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-os.environ.setdefault("MPLBACKEND", "Agg")
-
-WIDTH, HEIGHT, FONT = 7.0, 2.1, 9  # inches of the figure, and of a row of panels
-COLUMNS = 3
-DONE, LOST, SELECTED = "#56B4E9", "#999999", "#D55E00"  # Okabe and Ito's sky blue and vermilion, and a grey
+COLUMNS, ROW = 3, 2.0  # panels in a row, and its height in inches
+CAPTION = (
+    "Gain: mean reward on dev at the end of the budget, tuned minus base, of each trial's first run. Circles may be "
+    "selected, crosses keep too little diversity; the star is the selected trial."
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class SearchPicture:
     the value of each of those trials.
     """
 
+    algorithm: str
     title: str
     reward: str
     best_of: Sequence[float]
@@ -36,48 +38,49 @@ class SearchPicture:
     dimensions: Mapping[str, tuple[Dimension, Sequence[Any]]]
 
 
-def draw_search(path: Path, picture: SearchPicture) -> None:
-    """Write the picture as PNG and, beside it, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+def draw_search(stem: Path, picture: SearchPicture) -> list[Path]:
+    """Write the picture for light and dark pages, as SVG and PNG; returns the paths."""
     panels = 1 + len(picture.dimensions)
     rows = -(-panels // COLUMNS)
-    with matplotlib.rc_context({"font.size": FONT, "axes.titlesize": FONT, "svg.hashsalt": "flowbench"}):
-        figure = Figure(figsize=(WIDTH, HEIGHT * rows + 0.4), layout="constrained")
-        axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
+
+    def build(theme: Theme) -> Figure:
+        drawn = figure(FULL, ROW * rows + 0.6)
+        axes = drawn.subplots(rows, COLUMNS, squeeze=False, sharey=True).flatten().tolist()
         _best_of(axes[0], picture)
         for axis, (name, (dimension, values)) in zip(axes[1:], picture.dimensions.items(), strict=False):
-            _scatter(axis, picture, name, dimension, values)
+            _scatter(axis, picture, theme, name, dimension, values)
         for axis in axes[panels:]:
             axis.set_visible(False)
-        figure.suptitle(picture.title, fontsize=FONT, parse_math=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=200)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        for axis in axes[::COLUMNS]:
+            axis.set_ylabel(f"gain in {picture.reward}")
+        drawn.suptitle(picture.title)
+        caption(drawn, CAPTION)
+        return drawn
+
+    last = f"; the best of all gains {picture.best_of[-1]:+.4f}" if picture.best_of else ""
+    return save_variants(stem, build, alt=f"{picture.title}{last}")
 
 
 def _best_of(axis: Axes, picture: SearchPicture) -> None:
-    axis.plot(range(1, len(picture.best_of) + 1), picture.best_of, color=SELECTED, marker=".")
-    axis.set(xlabel="trials k", ylabel=f"gain in {picture.reward} (dev)", title="best of k, in the mean")
-    axis.grid(alpha=0.3)
+    axis.plot(range(1, len(picture.best_of) + 1), picture.best_of, color=mark(picture.algorithm).color, marker=".")
+    axis.set_xlabel("best of k trials, mean")
 
 
-def _scatter(axis: Axes, picture: SearchPicture, name: str, dimension: Dimension, values: Sequence[Any]) -> None:
-    choices = isinstance(dimension, Choice)
+def _scatter(
+    axis: Axes, picture: SearchPicture, theme: Theme, name: str, dimension: Dimension, values: Sequence[Any]
+) -> None:
+    choices, color = isinstance(dimension, Choice), mark(picture.algorithm).color
     places = [dimension.place(value) * (len(dimension.ends) - 1) if choices else value for value in values]
-    marks = {True: ("o", DONE), False: ("x", LOST)}
-    for kind, (marker, color) in marks.items():
-        chosen = [i for i, qualifies in enumerate(picture.qualifies) if qualifies == kind and i != picture.selected]
-        axis.scatter([places[i] for i in chosen], [picture.gains[i] for i in chosen], s=14, marker=marker, color=color)
+    for qualifies, marker, shade in ((True, "o", color), (False, "x", theme.base)):
+        shown = [i for i, may in enumerate(picture.qualifies) if may == qualifies and i != picture.selected]
+        axis.scatter([places[i] for i in shown], [picture.gains[i] for i in shown], s=14, marker=marker, color=shade)
     if picture.selected is not None:
         at = picture.selected
-        axis.scatter([places[at]], [picture.gains[at]], s=40, marker="*", color=SELECTED, zorder=3)
+        axis.scatter([places[at]], [picture.gains[at]], s=70, marker="*", color=theme.ink, zorder=3)
     if choices:
-        axis.set_xticks(range(len(dimension.ends)), [str(value) for value in dimension.ends], parse_math=False)
+        axis.set_xticks(range(len(dimension.ends)), [str(value) for value in dimension.ends])
         axis.set_xlim(-0.5, len(dimension.ends) - 0.5)
-    elif isinstance(dimension, LogUniform):
-        axis.set_xscale("log")
+    else:
+        axis.set_xscale("log" if isinstance(dimension, LogUniform) else "linear")
         axis.set_xlim(*dimension.ends)
-    axis.set_xlabel(name, parse_math=False)
-    axis.grid(alpha=0.3)
+    axis.set_xlabel(name)

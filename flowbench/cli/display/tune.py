@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from flowbench.cli.display.console import console
+from flowbench.reporting.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.experiments.tuning.plan import SearchPlan

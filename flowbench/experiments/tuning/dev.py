@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from flowbench.errors import RunError
-from flowbench.evaluation.exact_study import REWARD as EXACT
 from flowbench.experiments.tuning.selection import DevResult
 from flowbench.record import Record
+from flowbench.sections import EvaluationConfig
+from flowbench.terms import path_name
 
 DIVERSITY = "diversity"
 
 # No reporting split and no judge: what does not exist cannot be selected by. One point, the end of the budget.
-DEV_ALONE: dict[str, Any] = {"evaluation.splits": [], "evaluation.judges": [], "evaluation.points": 1}
+DEV_ALONE: dict[str, Any] = {"evaluation.splits": [], "evaluation.judges": []}
+if "points" in EvaluationConfig.model_fields:
+    DEV_ALONE["evaluation.points"] = 1
 
 
 def dev_result(record: Record) -> DevResult:
@@ -25,7 +28,8 @@ def dev_result(record: Record) -> DevResult:
     if last is None or last.images != record.budget.images:
         raise RunError("the run has no score on dev at the end of its budget; its prompts need a split 'dev'")
     tuned, base = last.scores, record.dev_base
-    reward = next((name for name in (record.reward, EXACT) if name in tuned and name in base), None)
-    if reward is None or DIVERSITY not in tuned or DIVERSITY not in base:
-        raise RunError(f"the run's scores on dev lack {DIVERSITY if reward else record.reward}; a search needs both")
+    reward = path_name(record.reward)
+    for name in (reward, DIVERSITY):
+        if name not in tuned or name not in base:
+            raise RunError(f"the run's scores on dev lack '{name}'; a search needs it")
     return DevResult(tuned[reward], base[reward], tuned[DIVERSITY], base[DIVERSITY])

@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from flowbench.experiments.tuning.journal import Attempt, Trial
-from flowbench.experiments.tuning.workload import SearchWorkload
 from flowbench.record import write_atomically
+from flowbench.reporting.escape import csv as csv_text
+from flowbench.workloads import Workload
 
 TRIALS, CHOSEN, STUDIES = "trials.csv", "chosen.yaml", "studies.yaml"
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run text that begins so
 
 
 class _File(BaseModel):
@@ -32,12 +32,13 @@ class Chosen(_File):
 
     ruleset: None if the search is not that of a ruleset, and then `deviations` say how. run_seeds: of the search's
     runs. selected: the trial's number, None if none qualifies. gain: of the reward on dev, tuned minus base, mean over
-    `seeds_of_selected`; kept: share of the base's diversity. edges: selected settings at an end of their range. best_of: the gain
-    that the best of k first runs has in the mean, for k = 1, 2, ... log_sha256: of journal.log.
+    `seeds_of_selected`; kept: share of the base's diversity. edges: selected settings at an end of their range.
+    best_of: the gain that the best of k first runs has in the mean, for k = 1, 2, ... log_sha256: of journal.log.
     """
 
     algorithm: str
-    workload: SearchWorkload
+    workload: Workload
+    workload_hash: str
     ruleset: str | None
     deviations: tuple[str, ...]
     study: int
@@ -70,7 +71,8 @@ class Studies(_File):
     counts as the lowest, and the median is None where such a one is in the middle."""
 
     algorithm: str
-    workload: SearchWorkload
+    workload: Workload
+    workload_hash: str
     ruleset: str | None
     gains: tuple[float | None, ...]
     median: float | None
@@ -127,7 +129,4 @@ def _tail(attempt: Attempt | None) -> list[str]:
 
 def _cell(value: Any) -> Any:
     """Text that a spreadsheet does not take for a formula; numbers as they are."""
-    if not isinstance(value, str):
-        return value
-    line = " ".join(value.split())
-    return f"'{line}" if line.startswith(FORMULA) else line
+    return csv_text(value) if isinstance(value, str) else value

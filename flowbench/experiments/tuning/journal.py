@@ -92,7 +92,7 @@ class Journal:
     def propose(self, count: int) -> None:
         """Have so many trials; those that are there already stay as they are.
 
-        The log gets all of the new ones in one step, so that a process that is killed on the way leaves none half drawn.
+        The log gets all of the new ones in one step: a process that is killed on the way leaves none half drawn.
         """
         if len(self.study.trials) >= count:
             return
@@ -114,10 +114,8 @@ class Journal:
         found = []
         for frozen in self.study.trials[:count]:
             runs = attempts.get(_key(frozen.number), {})
-            read = tuple(
-                _attempt(int(seed), content) for seed, content in sorted(runs.items(), key=lambda s: int(s[0]))
-            )
-            found.append(Trial(frozen.number, {**self.space.fixed, **frozen.params}, read))
+            read = sorted((_attempt(int(seed), content) for seed, content in runs.items()), key=lambda a: a.seed)
+            found.append(Trial(frozen.number, {**self.space.fixed, **frozen.params}, tuple(read)))
         return found
 
     def keep(self, number: int, attempt: Attempt) -> None:

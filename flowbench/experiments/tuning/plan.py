@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from flowbench.errors import UsageError
-from flowbench.experiments.tuning.workload import SearchWorkload
+from flowbench.experiments.jobs import Stamp
+from flowbench.experiments.suite import FREE
+from flowbench.workloads import Workload
 
 SamplerName: TypeAlias = Literal["qmc", "tpe"]
+SEARCH = "search"  # in the records of runs that a search for ruleset "defaults" made
 QMC: Literal["qmc"] = "qmc"
 FIRST_SEED = 1000  # of a search's runs; results use seeds from 0, so that none was selected on
 STUDY_SEEDS = 100  # set aside for each study
@@ -26,7 +29,7 @@ class SearchPlan:
     do not have; seed: of the first study's scramble; settings: overrides that hold for every trial.
     """
 
-    workload: SearchWorkload
+    workload: Workload
     trials: int = TRIALS
     studies: int = 1
     finalists: int = FINALISTS
@@ -68,13 +71,19 @@ class SearchPlan:
         for name, value in wanted.items():
             if getattr(self, name) != value:
                 found.append(f"{name.replace('_', ' ')}: {getattr(self, name)}; the rules have {value}")
-        if self.settings:
-            found.append(f"set by hand for every trial: {', '.join(sorted(self.settings))}")
+        if by_hand := sorted(set(self.settings) - FREE):
+            found.append(f"set by hand for every trial: {', '.join(by_hand)}")
         return tuple(found)
+
+    @property
+    def stamp(self) -> Stamp:
+        """What the records of the search's runs say that they were made for."""
+        ruleset = SEARCH if self.ruleset == "defaults" else self.ruleset
+        return Stamp(ruleset, self.workload.name, self.workload.hash)
 
 
 def search_plan(
-    workload: SearchWorkload,
+    workload: Workload,
     trials: int | None = None,
     studies: int = 1,
     finalists: int | None = None,

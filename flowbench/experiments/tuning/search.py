@@ -11,7 +11,7 @@ from typing import Any
 from flowbench.config import resolve_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.statistics.search import expected_best
-from flowbench.experiments.study import Job, Outcome, make_job
+from flowbench.experiments.jobs import Job, Outcome, make_job
 from flowbench.experiments.tuning.dev import DEV_ALONE, dev_result
 from flowbench.experiments.tuning.files import CHOSEN, TRIALS, Chosen, trials_csv
 from flowbench.experiments.tuning.journal import LOG, Attempt, Journal, Trial
@@ -23,8 +23,9 @@ from flowbench.prompts.sets import available_splits
 from flowbench.record import code_commit, package_versions, write_atomically
 from flowbench.registry import algorithms
 from flowbench.reporting.search import SearchPicture, draw_search
+from flowbench.workloads import Workload
 
-PICTURE = "search.png"
+PICTURE = "search"  # its stem
 DEV = "dev"
 
 
@@ -58,7 +59,7 @@ class Search:
         self.folder = study_folder(places.logs, algorithm, plan, study) if places.logs else None
         identity = {
             "algorithm": algorithm,
-            "workload": workload.model_dump(mode="json"),
+            "workload": f"{workload.name} ({workload.hash})",
             "settings of the runs": base.hash(),  # all that is not searched
             "study": study,
         }
@@ -66,7 +67,7 @@ class Search:
         self.journal = Journal(self.folder, f"{algorithm} on {workload.name}", self.space, plan.sampler, seed, identity)
 
     def _overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.plan.workload.settings, **self.plan.settings, **settings, **DEV_ALONE}
+        return {**self.plan.workload.overrides(), **self.plan.settings, **settings, **DEV_ALONE}
 
     def _resolve(self, settings: Mapping[str, Any]) -> Any:
         workload = self.plan.workload
@@ -77,6 +78,7 @@ class Search:
             overrides=self._overrides(settings),
             seed=self.seeds[0],
             device=self.places.device,
+            prompts=workload.prompts,
         )
 
     def trials(self) -> list[Trial]:
@@ -118,6 +120,8 @@ class Search:
             device=self.places.device,
             output=self.places.runs,
             plugins=self.places.plugins,
+            prompts=self.plan.workload.prompts,
+            stamp=self.plan.stamp,
         )
 
     def selected(self) -> Candidate | None:
@@ -134,6 +138,7 @@ class Search:
         return Chosen(
             algorithm=self.algorithm,
             workload=plan.workload,
+            workload_hash=plan.workload.hash,
             ruleset=plan.ruleset,
             deviations=plan.deviations,
             study=self.study,
@@ -174,6 +179,7 @@ class Search:
     def _picture(self, trials: Sequence[Trial], result: Chosen) -> SearchPicture:
         known = [trial for trial in trials if not trial.candidate.first.failed]
         return SearchPicture(
+            algorithm=self.algorithm,
             title=f"{self.algorithm} on {self.plan.workload.name}: {len(trials)} trials",
             reward=self.plan.workload.reward,
             best_of=result.best_of,
@@ -220,8 +226,9 @@ def _reason(best: Candidate | None, candidates: Sequence[Candidate], chosen: int
     )
 
 
-def check_dev(model: str) -> None:
-    """Raise UsageError for a model whose prompts have no split `dev`: every run would be in vain."""
-    preset = load_preset(model)
-    if not isinstance(preset, AnalyticPreset) and DEV not in available_splits(preset.prompts):
-        raise UsageError(f"prompt set '{preset.prompts}' of model '{model}' has no split 'dev'; a search needs one")
+def check_dev(workload: Workload) -> None:
+    """Raise UsageError for a workload whose prompts have no split `dev`: every run would be in vain."""
+    preset = load_preset(workload.model)
+    prompts = workload.prompts or preset.prompts
+    if not isinstance(preset, AnalyticPreset) and DEV not in available_splits(prompts):
+        raise UsageError(f"prompts '{prompts}' of workload '{workload.name}' have no split 'dev'; a search needs one")

@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import TypeAlias
 
 from flowbench.errors import UsageError
-from flowbench.experiments.run import RECORD, Listener
-from flowbench.experiments.study import Job, Outcome, StudyListener, run_jobs
+from flowbench.experiments.executors import Executor
+from flowbench.experiments.jobs import Job, Outcome
+from flowbench.experiments.run import Listener
+from flowbench.experiments.study import StudyListener, run_jobs
 from flowbench.experiments.tuning.files import CHOSEN, STUDIES, Chosen, Studies, median_gain
 from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.experiments.tuning.plan import QMC, SearchPlan
 from flowbench.experiments.tuning.search import Places, Request, Search, attempt_of, check_dev, study_folder
 
 Runner: TypeAlias = Callable[[Sequence[Job], StudyListener], Sequence[Outcome]]
-SEARCH = "search"  # the ruleset in the record of a trial that a search for defaults made
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """One study of one algorithm: its choice, its trials and the numbers of those that ran again; folder: of its log."""
+    """One study of one algorithm: its choice, trials, and the numbers of those that ran again; folder: of its log."""
 
     chosen: Chosen
     trials: tuple[Trial, ...]
@@ -36,18 +37,19 @@ def tune(
     places: Places,
     listener: StudyListener = StudyListener(),
     workers: int = 1,
+    executor: Executor | None = None,
     run: Runner | None = None,
 ) -> list[StudyResult]:
     """Search for settings of each algorithm as the plan says, and write what was found; in the order of the names.
 
-    run: makes runs, in the place of `run_jobs` with so many workers. Trials that are in a log already are not repeated,
-    failed ones neither.
+    workers, executor: as `run_jobs` has them; run: makes runs in its place. Trials that are in a log already are not
+    repeated, failed ones neither.
     Raises UsageError before anything runs; RunInterruptedError on Ctrl-C, and then the same call continues.
     """
     if len(set(names)) < len(names):
         raise UsageError("an algorithm is named twice; name each once")
-    check_dev(plan.workload.model)
-    make: Runner = run or (lambda jobs, told: run_jobs(jobs, told, workers, places.plugins))
+    check_dev(plan.workload)
+    make: Runner = run or (lambda jobs, told: run_jobs(jobs, told, workers, places.plugins, executor=executor))
     searches = [Search(name, plan, study, places) for name in names for study in range(plan.studies)]
     stage = _Stage(make, listener, len(names) * plan.runs)
     # Without results every proposal is known at once; with them they come in turns.
@@ -101,9 +103,8 @@ class _Stage:
                 return
             kept.add(outcome.job.folder)
             requests = by_folder[outcome.job.folder]
-            attempt = attempt_of(stamped(outcome, requests[0].search.plan))
             for request in requests:
-                self._keep(request, attempt)
+                self._keep(request, attempt_of(outcome))
 
         before, total = self.done, max(self.total, self.done + len(jobs))
 
@@ -124,18 +125,6 @@ class _Stage:
         request.search.journal.keep(request.trial.number, attempt)
 
 
-def stamped(outcome: Outcome, plan: SearchPlan) -> Outcome:
-    """The outcome whose record, also on disk, says which search it was made for."""
-    if outcome.record is None:
-        return outcome
-    ruleset = SEARCH if plan.ruleset == "defaults" else plan.ruleset
-    label = {"ruleset": ruleset, "workload": plan.workload.name, "workload_hash": plan.workload.hash}
-    record = outcome.record.model_copy(update=label)
-    if record != outcome.record:
-        record.save(outcome.job.folder / RECORD)
-    return Outcome(outcome.job, record, outcome.failure)
-
-
 def _write_studies(names: Sequence[str], plan: SearchPlan, places: Places, found: Sequence[StudyResult]) -> None:
     for name in names:
         own = [result for result in found if result.chosen.algorithm == name]
@@ -146,6 +135,7 @@ def _write_studies(names: Sequence[str], plan: SearchPlan, places: Places, found
             studies = Studies(
                 algorithm=name,
                 workload=plan.workload,
+                workload_hash=plan.workload.hash,
                 ruleset=plan.ruleset,
                 gains=gains,
                 median=median_gain(gains),
