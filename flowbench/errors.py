@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 
 class NotApplicableError(UsageError):
-    """An algorithm needs what a reward does not have: no setting can mend it, and a table says so in the cell's place."""
+    """An algorithm needs what a reward does not have: no setting can mend that, and a table says so."""
 
 
 class RunError(Exception):

@@ -29,7 +29,7 @@ def check_domain(config: RunConfig, preset: ModelPreset, domain: str) -> None:
 
 
 def check_needs(needs: frozenset[str], config: RunConfig, without_gradient: list[str]) -> None:
-    """Raise UsageError where the sampler does not meet an algorithm's needs, NotApplicableError where the reward does not."""
+    """Raise UsageError where the sampler lacks what an algorithm needs, NotApplicableError where a reward does."""
     from flowbench.models.flow import get_sampler
 
     sampler = config.training.sampler

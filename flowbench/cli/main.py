@@ -20,6 +20,7 @@ from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
+from flowbench.cli import suites as cli_suites
 from flowbench.cli import testbed as cli_testbed
 from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_rewards.app, name="rewards")
+app.add_typer(cli_suites.app, name="suite")
 
 
 @app.command()
@@ -180,6 +182,7 @@ def leaderboard(
 app.command()(cli_tune.tune)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
+app.command()(cli_suites.compare)
 app.command()(cli_probe.probe)
 app.command()(cli_bench.bench)
 

@@ -1,7 +1,7 @@
 """Suites: workloads x algorithms x seeds from a YAML file, as jobs of a study.
 
-The built-in ones lie in `suites` beside this file. What a suite runs is in its file; where it runs is not, so that every
-executor leaves the same records.
+The built-in ones lie in `suites` beside this file. What a suite runs is in its file; where it runs is not, so that all
+executors leave the same records.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Suite(_Part):
                 raise ValueError(f"unknown setting '{key}'; write section.key, with {', '.join(SECTIONS)}")
             if self.ruleset is not None and key not in FREE:
                 raise ValueError(
-                    f"setting '{key}' is not free under ruleset {self.ruleset}, where every method has its own settings; "
+                    f"setting '{key}' is not free under ruleset {self.ruleset}, where every method has its own; "
                     "take it out, or the ruleset"
                 )
         return self
@@ -153,14 +153,16 @@ def plan(loaded: Loaded, output: Path, device: str, plugins: Sequence[Path] = ()
     Raises UsageError for an unknown algorithm, a cell that stands twice, or settings that a run cannot have; what an
     algorithm needs and a workload has not makes a cell that is not applicable.
     """
-    suite = loaded.suite
-    cells: list[Cell] = []
+    suite, cells = loaded.suite, []
+    # With settings that are not free, a run is none of the workload.
+    pure = all(key in FREE for key in suite.settings)
     for part in suite.runs:
         names = algorithms.names() if part.algorithms == "all" else part.algorithms
         for workload in (loaded.workloads[name] for name in part.workloads):
+            stamp = Stamp(suite.ruleset, workload.name, workload.hash) if pure else None
             for algorithm in names:
                 where: dict[str, Any] = {"output": output, "device": device, "plugins": plugins}
-                cells.append(cell(workload, algorithm, part.seed_list, suite.settings, suite.ruleset, **where))
+                cells.append(cell(workload, algorithm, part.seed_list, suite.settings, stamp, **where))
     return _none_twice(cells)
 
 
@@ -169,15 +171,13 @@ def cell(
     algorithm: str,
     seeds: Sequence[int],
     settings: Mapping[str, Any],
-    ruleset: str | None = None,
+    stamp: Stamp | None = None,
     **where: Any,
 ) -> Cell:
-    """One algorithm on one workload; `where` as in `make_job`. With settings of its own a run is not the workload's.
+    """One algorithm on one workload; stamp: what its records say that they are for; `where` as in `make_job`.
 
     Raises UsageError as `make_job` does.
     """
-    free = all(key in FREE for key in settings)
-    stamp = Stamp(ruleset, workload.name, workload.hash) if free else None
     label = f"{workload.name}, {algorithm}"
     try:
         first = make_job(

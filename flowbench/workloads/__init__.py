@@ -45,7 +45,7 @@ class Workload(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    name: str = Field(pattern=r"^\w[\w.+-]*$", max_length=80)
     version: int = Field(1, ge=1)
     summary: str = ""
     model: str

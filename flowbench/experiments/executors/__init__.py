@@ -67,6 +67,15 @@ def make_executor(
     return SlurmExecutor(logs, workers, cores, gpus, dict(options or {}))
 
 
+def default_gpus(name: str, device: str) -> int:
+    """GPUs of each run where nobody says: one where the runs are to be on GPUs, as far as this machine can tell."""
+    if device != "auto" or name != "local":
+        return int(device.startswith("cuda"))
+    import torch
+
+    return int(torch.cuda.is_available())
+
+
 def require(package: str, extra: str) -> None:
     """Raise UsageError where a package of an extra is not installed."""
     from importlib.util import find_spec

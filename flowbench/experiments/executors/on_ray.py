@@ -35,7 +35,7 @@ class RayExecutor:
     ) -> Iterator[tuple[Job, str | None]]:
         """See Executor."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            import ray
+        import ray
 
         ours = not ray.is_initialized()
         if ours:
