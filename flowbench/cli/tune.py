@@ -42,21 +42,29 @@ def tune(
         algorithms.describe(name)  # a misspelling is answered before torch is imported
     chosen, given = load_workload(workload), parse_assignments(settings)
 
-    from flowbench.cli.display import studies as display_studies
     from flowbench.cli.display import tune as display
     from flowbench.experiments.tuning.plan import search_plan
     from flowbench.experiments.tuning.search import Places
     from flowbench.experiments.tuning.tune import planned
     from flowbench.experiments.tuning.tune import tune as search
 
-    kind = "tpe" if sampler == "tpe" else "qmc"
-    plan = search_plan(chosen, trials, studies, finalists, more_seeds, kind, seed, given)
+    plan = search_plan(
+        chosen,
+        trials,
+        studies,
+        finalists,
+        more_seeds,
+        sampler="tpe" if sampler == "tpe" else "qmc",
+        seed=seed,
+        settings=given,
+    )
     places = Places(runs, output, device, tuple(plugin))
     if dry_run:
-        display_studies.plan(planned(algorithm, plan, places))
-        display.plan(plan, len(algorithm))
+        display.plan(planned(algorithm, plan, places), plan)
         return
-    with display_studies.StudyProgress() as progress:
+    from flowbench.cli.display.studies import StudyProgress
+
+    with StudyProgress() as progress:
         found = search(algorithm, plan, places, progress.listener(), jobs)
     for result in found:
         display.study(result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,12 +14,28 @@ from flowbench.reporting.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.experiments.tuning.plan import SearchPlan
+    from flowbench.experiments.tuning.search import Request
     from flowbench.experiments.tuning.tune import StudyResult
 
 
-def plan(searched: SearchPlan, algorithms: int) -> None:
-    """What a search costs at most, and whether the rules ask for it."""
-    console.print(f"at most {algorithms * searched.runs} runs; {_rules(searched.ruleset, searched.deviations)}")
+def plan(requests: Sequence[Request], searched: SearchPlan) -> None:
+    """The trials that a search would make, what it costs at most, and whether the rules ask for it."""
+    searches = list(dict.fromkeys(request.search for request in requests))
+    images = 0
+    for search in searches:
+        names = list(search.space.dimensions)
+        images += search.images
+        view = _table(f"{search.algorithm} on {searched.workload.name}, study {search.study + 1}", names)
+        for request in requests:
+            if request.search is search:
+                view.add_row(str(request.trial.number), *_values(request.trial.settings, names))
+        console.print(view)
+        for choice in search.space.refused:
+            console.print(escape(f"not searched, because the model refuses it: {choice}"), soft_wrap=True)
+    most = searched.runs // searched.studies * len(searches)
+    each = images // max(len(searches), 1)
+    console.print(f"cost: at most {most} runs of {each} training images, and their evaluation on dev", highlight=False)
+    console.print(escape(_rules(searched.ruleset, searched.deviations)), soft_wrap=True, highlight=False)
 
 
 def study(result: StudyResult) -> None:
@@ -28,17 +44,15 @@ def study(result: StudyResult) -> None:
 
     chosen = result.chosen
     names = list(chosen.space)
-    view = Table(title=_title(result), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    view.add_column("trial", justify="right", no_wrap=True)
-    for name in names:
-        view.add_column(escape(name.partition(".")[2].replace("_", "\n")), no_wrap=True)
+    view = _table(f"{chosen.algorithm} on {chosen.workload.name}, study {chosen.study + 1}", names)
     for heading in ("gain", "diver-\nsity", "runs"):
         view.add_column(heading, justify="right", no_wrap=True)
     view.add_column("state", no_wrap=True)
     for trial in result.trials:
         scores = (_signed(trial.candidate.gain), _share(trial.candidate.kept), str(len(trial.attempts)))
-        values = (escape(_short(trial.settings[name])) for name in names)
-        view.add_row(str(trial.number), *values, *scores, state(trial, chosen.selected, result.finalists))
+        view.add_row(
+            str(trial.number), *_values(trial.settings, names), *scores, state(trial, chosen.selected, result.finalists)
+        )
     console.print(view)
     for trial in result.trials:
         if trial.failure:
@@ -61,9 +75,17 @@ def summary(found: Sequence[StudyResult]) -> None:
     console.print(view)
 
 
-def _title(result: StudyResult) -> str:
-    chosen = result.chosen
-    return escape(f"{chosen.algorithm} on {chosen.workload.name}, study {chosen.study + 1}: {chosen.trials} trials")
+def _table(title: str, names: Sequence[str]) -> Table:
+    """A table of trials with a column for each dimension; an underscore is where its heading may be cut."""
+    view = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    view.add_column("trial", justify="right", no_wrap=True)
+    for name in names:
+        view.add_column(escape(name.partition(".")[2]).replace("_", "\n"), no_wrap=True)
+    return view
+
+
+def _values(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [escape(_short(settings[name])) for name in names]
 
 
 def _conclusion(result: StudyResult) -> list[str]:

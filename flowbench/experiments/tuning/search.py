@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowbench.config import resolve_config
+from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.statistics.search import expected_best
 from flowbench.experiments.jobs import Job, Outcome, make_job
@@ -55,6 +55,7 @@ class Search:
         self.algorithm, self.plan, self.study, self.places = algorithm, plan, study, places
         self.seeds = plan.run_seeds(study)
         workload, base = plan.workload, self._resolve({})
+        self.images: int = base.training.images
         self.space = search_space(algorithms.get(algorithm).cls.search_space, self._resolve)
         self.folder = study_folder(places.logs, algorithm, plan, study) if places.logs else None
         identity = {
@@ -69,7 +70,7 @@ class Search:
     def _overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.plan.workload.overrides(), **self.plan.settings, **settings, **DEV_ALONE}
 
-    def _resolve(self, settings: Mapping[str, Any]) -> Any:
+    def _resolve(self, settings: Mapping[str, Any]) -> RunConfig:
         workload = self.plan.workload
         return resolve_config(
             self.algorithm,

@@ -63,18 +63,12 @@ def tune(
     return found
 
 
-def planned(names: Sequence[str], plan: SearchPlan, places: Places) -> list[Job]:
-    """The first runs that a search would make, without writing anything; settings that cannot be run are left out."""
+def planned(names: Sequence[str], plan: SearchPlan, places: Places) -> list[Request]:
+    """The first runs that a search would make, had it no log yet; nothing is written."""
+    check_dev(plan.workload)
     nowhere = Places(places.runs, None, places.device, places.plugins)
     searches = [Search(name, plan, study, nowhere) for name in names for study in range(plan.studies)]
-    jobs = []
-    for search in searches:
-        for request in search.first_runs(plan.trials):
-            try:
-                jobs.append(search.job(request))
-            except UsageError:
-                continue
-    return jobs
+    return [request for search in searches for request in search.first_runs(plan.trials)]
 
 
 class _Stage:
