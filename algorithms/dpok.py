@@ -43,9 +43,9 @@ from flowbench.toolkit.policy_gradient import STEP_DEFAULTS, STEP_SEARCH_SPACE, 
 from flowbench.toolkit.shaping import RewardShaping
 from flowbench.toolkit.value import StepValue
 
-# OWN_NETWORKS: the code's value takes one step per rollout, of 1e-4, in runs of 2,000 rollouts. Runs here have a hundred
-# steps of the policy: the value takes one beside each of them, on its rows, of the core's 1e-3. More would fit the same
-# few images.
+# OWN_NETWORKS: the code's value takes one step per rollout, of 1e-4, in runs of 2,000 rollouts. Runs here have a
+# hundred steps of the policy: the value takes one beside each of them, on its rows, of the core's 1e-3. More would fit
+# the same few images.
 
 
 @register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"}, family="policy-gradient")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbench.errors import UsageError
 from flowbench.experiments.tuning.plan import QMC, SamplerName
-from flowbench.experiments.tuning.selection import KEPT, Candidate, DevResult
+from flowbench.experiments.tuning.selection import Candidate, DevResult
 from flowbench.experiments.tuning.space import SearchSpace, distribution
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 LOG = "journal.log"
 IDENTITY = "search"  # the study's attribute that says what it is a search of
@@ -146,8 +144,10 @@ class Journal:
         if candidate.failed:
             self.study.tell(number, state=TrialState.FAIL)
         else:
+            # A collapsed trial is worth no more than the base model.
+            reward, gain = candidate.reward, candidate.gain
             self.study.sampler = self._make_sampler(number)
-            self.study.tell(number, candidate.reward)
+            self.study.tell(number, reward if candidate.qualifies else reward - max(gain, 0.0))
 
     def _make_sampler(self, number: int) -> BaseSampler:
         """For one trial's proposal: what it draws must not depend on how often the search was interrupted."""
@@ -155,12 +155,7 @@ class Journal:
 
         if self.sampler == QMC:
             return _scrambled_sobol(self.space, self.seed)
-        return TPESampler(seed=self.seed * SEED_OF_TRIAL + number, constraints_func=self._lost_diversity)
-
-    def _lost_diversity(self, trial: FrozenTrial) -> Sequence[float]:
-        """Above 0 for a trial that keeps too little."""
-        kept = self.trials()[trial.number].candidate.kept
-        return (KEPT - kept if math.isfinite(kept) else 1.0,)
+        return TPESampler(seed=self.seed * SEED_OF_TRIAL + number)
 
 
 def _scrambled_sobol(space: SearchSpace, seed: int) -> BaseSampler:
@@ -192,7 +187,9 @@ def _open(path: Path | None, name: str) -> Study:
     _drop_torn_line(path)
     try:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        return optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        if name in optuna.get_all_study_names(storage):
+            return optuna.load_study(study_name=name, storage=storage)
+        return optuna.create_study(storage=storage, study_name=name, direction="maximize")
     except (ValueError, KeyError) as error:
         raise UsageError(f"'{path}' is no log of a search ({error}); use another --output, or delete it") from error
 
