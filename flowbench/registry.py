@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -149,7 +150,13 @@ class Registry(Generic[Info]):
         return self.get(name).info
 
     def _points(self) -> tuple[EntryPoint, ...]:
-        return tuple(entry_points(group=self.group))
+        return _entry_points(self.group, tuple(sys.path))
+
+
+@cache
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What the packages on sys.path declare; read once per path, because a run asks fifty times."""
+    return tuple(entry_points(group=group))
 
 
 def is_url(name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -153,13 +155,19 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
             return ModelPreset.model_validate(described(name, folder))
         raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
     _check_names(preset, path)
     return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """YAML takes long to read, and a run looks at its model's file at every checkpoint."""
+    return yaml.safe_load(text)
 
 
 def _with_random_weights(preset: ModelPreset) -> ModelPreset:
