@@ -137,6 +137,16 @@ class Registry(Generic[Info]):
         if name not in self.names():
             raise UsageError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
 
+    def module(self, name: str) -> str:
+        """The module that defines the plug-in of that name, without importing it where an entry point says so.
+
+        Raises UsageError for an unknown name.
+        """
+        self.require(name)
+        if name in self.loaded:
+            return str(self.loaded[name].cls.__module__)
+        return next(p.module for p in self._points() if p.name == name)
+
     def describe(self, name: str) -> Info:
         """The metadata of the plug-in of that name, from its source where that says all, else from the plug-in.
 
@@ -175,6 +185,9 @@ class _Rewards(Registry["RewardInfo"]):
 
     def get(self, name: str) -> Plugin[RewardInfo]:
         return super().get(_plain(name))
+
+    def module(self, name: str) -> str:
+        return super().module(_plain(name))
 
 
 def _plain(name: str) -> str:

@@ -48,6 +48,7 @@ TRAINING: dict[str, Any] = {
     "evaluation.prompts": 5,
     "evaluation.images_per_prompt": 3,
     "evaluation.splits": ["test"],
+    "evaluation.points": 0,
 }
 
 

@@ -26,6 +26,7 @@ from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
     DeviceOption,
     JsonOption,
+    KeepImagesOption,
     MemoryLimitOption,
     OutputOption,
     PluginOption,
@@ -73,13 +74,14 @@ def run(
     memory_limit: MemoryLimitOption = None,
     tflops: TflopsOption = None,
     random_init: RandomInitOption = False,
+    keep_images: KeepImagesOption = False,
     json_: JsonOption = None,
 ) -> None:
     """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
     from flowbench.cli.display import runs as display
     from flowbench.settings import parse_assignments
 
-    given = parse_assignments(settings)
+    given = parse_assignments(settings) | ({"evaluation.keep_images": True} if keep_images else {})
     resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts, random_init)
     resolved, planned = cli_planning.planned(resolved, dry_run, memory, memory_limit, tflops, json_)
     trackers = api.choose_trackers(track)
@@ -109,6 +111,7 @@ def evaluate(
     device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    keep_images: KeepImagesOption = False,
 ) -> None:
     """Score a run's base and tuned model again with the run's own protocol, or score other weights or images."""
     from flowbench.cli.display import runs as display
@@ -117,7 +120,8 @@ def evaluate(
 
     with EvaluationProgress() as progress:
         result = api.evaluate(
-            path, model, parse_assignments(settings), device, plugin, output, prompts, progress=progress
+            *(path, model, parse_assignments(settings), device, plugin, output, prompts, keep_images),
+            progress=progress,
         )
     display.evaluation(result)
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from flowbench.record import Point
+from flowbench.terms import path_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 TRUTH = "oracle_exact"
+DEV_METRICS = (TRUTH, "diversity", "w2", "kl")  # at the points, beside the reward
+TITLES = {TRUTH: "truth (oracle, exact)", "diversity": "diversity", "w2": "distance (w2)", "kl": "distance (KL)"}
 SHOWN_METRICS = (
     "w2",
     "fit",
@@ -64,31 +74,63 @@ def sample_grid(path: Path, columns: dict[str, torch.Tensor], prompts: list[str]
     figure.savefig(path)
 
 
-def learning_curves(path: Path, lines: list[dict], title: str) -> None:
-    """The training reward over images, beside the truth where it is known; a panel for each metric worth a look."""
+def learning_curves(
+    path: Path,
+    lines: list[dict],
+    title: str,
+    reward: str = "reward",
+    base: Mapping[str, float] = MappingProxyType({}),
+    points: Sequence[Point] = (),
+) -> None:
+    """What a run learned, over images: scores on dev at the points of its budget, a panel for each metric worth a look.
+
+    reward: what is trained on; base, points: the base model's scores on dev, and those on the way. Behind them, thin,
+    the noisy means over the images trained on; where there are no points, these alone.
+    """
     from matplotlib.figure import Figure
 
-    images = [line["images"] for line in lines]
-    shown = [m for m in SHOWN_METRICS if any(m in line["metrics"] for line in lines)][:3]
-    figure = Figure(figsize=(4.2 * (1 + len(shown)), 3.1), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 1 + len(shown), squeeze=False)[0]
-    reward = np.array([line["reward"] for line in lines])
-    axes[0].plot(images, reward, alpha=0.35, color="tab:blue", linewidth=1)
-    axes[0].plot(images, _smooth(reward), color="tab:blue")
-    axes[0].set(title=title, xlabel="images", ylabel="reward (training prompts)")
-    if any(TRUTH in line["metrics"] for line in lines):
-        known, verdicts = _logged(lines, TRUTH)
-        right = axes[0].twinx()
-        right.plot(known, verdicts, alpha=0.35, color="tab:green", linewidth=1)
-        right.plot(known, _smooth(verdicts), color="tab:green")
-        right.set_ylabel("truth (oracle, exact)", color="tab:green")
-        axes[0].yaxis.label.set_color("tab:blue")
-    for axis, metric in zip(axes[1:], shown, strict=True):
+    images = np.array([line["images"] for line in lines])
+    name, trained = path_name(reward), np.array([line["reward"] for line in lines])
+    behind = {name: (images, trained), TRUTH: _logged(lines, TRUTH)}
+    scores = {metric for point in points for metric in point.scores}
+    panels = [m for m in (name, *DEV_METRICS) if m in scores or (m in behind and behind[m][1].size)]
+    logged = [m for m in SHOWN_METRICS if m not in scores and any(m in line["metrics"] for line in lines)][:3]
+    count = len(panels) + len(logged)
+    figure = Figure(figsize=(3.6 * count, 3.1), dpi=110, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis, metric in zip(axes, panels, strict=False):
+        _panel(axis, metric, behind.get(metric), base, points)
+        axis.set_title(TITLES.get(metric, f"reward: {metric}"), parse_math=False)
+    for axis, metric in zip(axes[len(panels) :], logged, strict=True):
         axis.plot(*_logged(lines, metric), color="tab:gray", linewidth=1)
-        axis.set(title=metric.replace("_", " "), xlabel="images")
+        axis.set_title(metric.replace("_", " "), parse_math=False)
     for axis in axes:
+        axis.set_xlabel("images")
         axis.grid(alpha=0.3)
+    figure.suptitle(title, parse_math=False)
+    if handles := axes[0].get_legend_handles_labels()[0]:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(path)
+
+
+def _panel(
+    axis: Axes,
+    metric: str,
+    behind: tuple[np.ndarray, np.ndarray] | None,
+    base: Mapping[str, float],
+    points: Sequence[Point],
+) -> None:
+    """One metric: dots on dev from the base model on, and thin behind them what training saw."""
+    if behind is not None and behind[1].size:
+        seen, values = behind
+        axis.plot(seen, values, color="tab:blue", alpha=0.3, linewidth=0.8, label="images trained on")
+        if not points:
+            axis.plot(seen, _smooth(values), color="tab:blue")
+    known = [(point.images, point.scores[metric]) for point in points if metric in point.scores]
+    if metric in base:
+        known = [(0, base[metric]), *known]
+    if known:
+        axis.plot(*zip(*known, strict=True), color="tab:orange", marker="o", markersize=4, label="averaged policy, dev")
 
 
 def _logged(lines: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:

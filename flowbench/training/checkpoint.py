@@ -60,7 +60,8 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
     updater, algorithm, policy = trainer.updater, trainer.algorithm, trainer.policy
     trainer.iteration, trainer.budget = state["iteration"], Budget(**state["budget"])
     policy.load_state_dict(state["policy"])
-    policy.function_evaluations = trainer.budget.function_evaluations
+    policy.evaluations.counts = dict(trainer.budget.evaluations)
+    updater.updates = trainer.budget.updates
     updater.average.weights = [a.to(policy.device) for a in state["average"]]
     updater.average.steps = state["average_steps"]
     updater.optimizer.load_state_dict(state["optimizers"][0])
