@@ -95,7 +95,9 @@ def test_a_study_makes_ordinary_runs_reports_failures_and_repeats_nothing(
     assert printed.count("failed: the loss of 'studied' is inf") == 2
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
-    records = find_records([tmp_path / "runs"])
+    everything = find_records([tmp_path / "runs"])
+    assert [r.failure for r in everything if r.status == "failed"] == ["the loss of 'studied' is inf"] * 2
+    records = [r for r in everything if r.status == "finished"]
     assert sorted((r.config["hyperparameters"]["scale"], r.seed) for r in records) == [
         (0.5, 0),
         (0.5, 1),
@@ -118,9 +120,9 @@ def test_a_study_makes_ordinary_runs_reports_failures_and_repeats_nothing(
     assert words[:3] == ["flowbench", "run", "studied"]
     assert words[-2:] == ["--set", "algorithm.scale=0.5"]
 
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("DONE")}
     assert flowbench_main(*arguments, "--format", "markdown") == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")} == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("DONE")} == made
     table = capsys.readouterr().out
     assert "| scale=1.0 (as default) | 2 |" in table
     assert "- failed: broken=true, seed 1: the loss of 'studied' is inf" in table

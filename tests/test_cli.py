@@ -323,6 +323,7 @@ def test_a_wrong_value_in_a_configuration_file_is_wrong_usage(
         ("rewards", ["clip", "jpeg", "oracle"]),
         ("models", ["gaussian", "mini-sd3", "mixture", "sd3-medium", "sd3.5-large", "sd3.5-medium"]),
         ("prompts", ["shapes", "compositional"]),
+        ("workloads", ["shapes-clip", "plane-quadratic"]),
     ],
 )
 def test_lists_name_everything(what: str, expected: list[str]):

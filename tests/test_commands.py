@@ -64,6 +64,18 @@ CASES = {
         2,
         "unknown format 'pdf'",
     ),
+    "compare": Case(
+        [
+            *("raft", "nft", "--model", "gaussian", "--rewards", "linear", "--seeds", "1", "--images", "64"),
+            *(part for setting in TINY for part in ("--set", setting)),
+        ],
+        "raft",
+        ["raft"],
+        2,
+        "name two or more different algorithms",
+    ),
+    "suite run": Case(["rehearsal", "--dry-run"], "in 24 runs", ["rehersal"], 2, "did you mean 'rehearsal'"),
+    "suite show": Case(["rehearsal"], "24 missing", ["absent.yaml"], 2, "'absent.yaml' is not a suite"),
     "check": Case(["jpeg"], "pass", ["jpge"], 2, "did you mean 'jpeg'"),
     "probe": Case(
         ["draft", "--model", "gaussian", "--reward", "linear", "--batches", "3"],

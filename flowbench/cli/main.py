@@ -143,7 +143,9 @@ def sample(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="algorithms, rewards, models, prompts or runs.")] = "algorithms",
+    what: Annotated[
+        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads or runs.")
+    ] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
 ) -> None:

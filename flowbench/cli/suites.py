@@ -131,10 +131,10 @@ def _planned(suite: str, output: Path, device: str, plugin: Sequence[Path]) -> t
     from flowbench.registry import load_plugin_file
 
     loaded = load_suite(suite)
-    plugins = [*loaded.plugins, *(file for file in plugin if file.resolve() not in loaded.plugins)]
-    for file in plugins:
+    more = [file for file in plugin if file.resolve() not in loaded.plugins]
+    for file in (*loaded.plugins, *more):
         load_plugin_file(file)
-    return plan_suite(loaded, output, device, plugins), plugins
+    return plan_suite(loaded, output, device, more), [*loaded.plugins, *more]
 
 
 def _executor(

@@ -148,7 +148,7 @@ def load_suite(name: str) -> Loaded:
 
 
 def plan(loaded: Loaded, output: Path, device: str, plugins: Sequence[Path] = ()) -> list[Cell]:
-    """All cells, workload by workload; plug-ins are loaded already, `plugins` are those that the commands name.
+    """All cells, workload by workload. Plug-ins are loaded already; plugins: files beside those of the suite.
 
     Raises UsageError for an unknown algorithm, a cell that stands twice, or settings that a run cannot have; what an
     algorithm needs and a workload has not makes a cell that is not applicable.
@@ -161,7 +161,7 @@ def plan(loaded: Loaded, output: Path, device: str, plugins: Sequence[Path] = ()
         for workload in (loaded.workloads[name] for name in part.workloads):
             stamp = Stamp(suite.ruleset, workload.name, workload.hash) if pure else None
             for algorithm in names:
-                where: dict[str, Any] = {"output": output, "device": device, "plugins": plugins}
+                where: dict[str, Any] = {"output": output, "device": device, "plugins": [*loaded.plugins, *plugins]}
                 cells.append(cell(workload, algorithm, part.seed_list, suite.settings, stamp, **where))
     return _none_twice(cells)
 

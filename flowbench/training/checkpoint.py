@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowbench.record import write_atomically
 from flowbench.training.budget import Budget
 from flowbench.training.state import load_state, save_state
 
@@ -75,4 +76,4 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 def _cut_log(path: Path, iterations: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    path.write_text("".join(lines[:iterations]), encoding="utf-8")
+    write_atomically(path, "".join(lines[:iterations]))  # a run that dies now is resumed from here again
