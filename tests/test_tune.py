@@ -38,7 +38,7 @@ from flowbench.experiments.tuning.search import Places, attempt_of
 from flowbench.experiments.tuning.selection import Candidate, DevResult, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
 from flowbench.experiments.tuning.tune import planned, tune
-from flowbench.record import Point, Record, Score, Spent
+from flowbench.record import Point, Record, Score, Spent, load_record
 from flowbench.registry import algorithms
 from flowbench.workloads import Workload, load_workload
 
@@ -279,7 +279,7 @@ def test_a_line_that_a_killed_process_left_half_written_is_forgotten(quick: str,
 
 
 def test_tpe_learns_from_results_and_is_marked_as_outside_of_the_rules(quick: str, tmp_path: Path):
-    plan = search_plan(WORKLOAD, trials=20, sampler="tpe", seed=1)
+    plan = search_plan(WORKLOAD, trials=12, finalists=0, sampler="tpe", seed=1)
     assert plan.ruleset is None
     (result,) = tune([quick], plan, places(tmp_path), run=Runner())
     assert "the sampler is tpe; the rules have qmc" in result.chosen.deviations
@@ -324,6 +324,29 @@ def test_prompts_without_a_split_dev_are_refused_before_anything_runs(quick: str
     workload = Workload(name="tiny", model="mini-sd3", reward="clip", images=64, prompts="objects")
     with pytest.raises(UsageError, match="have no split 'dev'; a search needs one"):
         tune([quick], search_plan(workload), places(tmp_path), run=Runner())
+
+
+PLANE = Workload(
+    name="points",
+    model="gaussian",
+    reward="linear",
+    images=64,
+    evaluation={"num_steps": 10},
+)
+TINY = {"training.prompts_per_iteration": 4, "training.images_per_prompt": 4, "training.minibatch": 16}
+
+
+def test_two_processes_give_the_same_search_as_one(tmp_path: Path):
+    plan = search_plan(PLANE, trials=2, finalists=1, more_seeds=1, settings=TINY)
+    found = {}
+    for workers in (1, 2):
+        (study,) = tune(["nft"], plan, places(tmp_path / str(workers)), workers=workers)
+        found[workers] = (tmp_path / str(workers) / "search" / "gaussian" / "nft" / "trials.csv").read_text()
+        assert [len(t.attempts) for t in study.trials if t.number == study.chosen.selected] == [2]
+        assert all(trial.failure is None for trial in study.trials)
+    assert found[1] == found[2]
+    record = load_record(next((tmp_path / "1" / "runs").rglob("record.json")))
+    assert (record.scores, record.per_prompt, record.judges, record.workload) == ({}, {}, {}, "points")
 
 
 # --- the space --------------------------------------------------------------------------------------------------------

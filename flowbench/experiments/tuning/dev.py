@@ -7,15 +7,12 @@ from typing import Any
 from flowbench.errors import RunError
 from flowbench.experiments.tuning.selection import DevResult
 from flowbench.record import Record
-from flowbench.sections import EvaluationConfig
 from flowbench.terms import path_name
 
 DIVERSITY = "diversity"
 
 # No reporting split and no judge: what does not exist cannot be selected by. One point, the end of the budget.
-DEV_ALONE: dict[str, Any] = {"evaluation.splits": [], "evaluation.judges": []}
-if "points" in EvaluationConfig.model_fields:
-    DEV_ALONE["evaluation.points"] = 1
+DEV_ALONE: dict[str, Any] = {"evaluation.splits": [], "evaluation.judges": [], "evaluation.points": 1}
 
 
 def dev_result(record: Record) -> DevResult:
