@@ -336,17 +336,37 @@ PLANE = Workload(
 TINY = {"training.prompts_per_iteration": 4, "training.images_per_prompt": 4, "training.minibatch": 16}
 
 
-def test_two_processes_give_the_same_search_as_one(tmp_path: Path):
-    plan = search_plan(PLANE, trials=2, finalists=1, more_seeds=1, settings=TINY)
-    found = {}
-    for workers in (1, 2):
-        (study,) = tune(["nft"], plan, places(tmp_path / str(workers)), workers=workers)
-        found[workers] = (tmp_path / str(workers) / "search" / "gaussian" / "nft" / "trials.csv").read_text()
-        assert [len(t.attempts) for t in study.trials if t.number == study.chosen.selected] == [2]
-        assert all(trial.failure is None for trial in study.trials)
-    assert found[1] == found[2]
-    record = load_record(next((tmp_path / "1" / "runs").rglob("record.json")))
+def test_a_searchs_runs_are_scored_on_dev_and_on_nothing_else(tmp_path: Path, pictures: Any):
+    plan = search_plan(PLANE, trials=1, finalists=0, settings=TINY)
+    with pictures():
+        (study,) = tune(["nft"], plan, places(tmp_path))
+    assert study.trials[0].failure is None
+    record = load_record(next((tmp_path / "runs").rglob("record.json")))
     assert (record.scores, record.per_prompt, record.judges, record.workload) == ({}, {}, {}, "points")
+    (attempt,) = study.trials[0].attempts
+    assert attempt.result == dev_result(record)
+    assert attempt.run == f"{record.config_hash}-s1000"
+
+
+def test_the_order_in_which_runs_end_does_not_change_a_search(quick: str, tmp_path: Path):
+    def backwards(jobs: Sequence[Job], listener: StudyListener) -> list[Outcome]:
+        return Runner()(jobs[::-1], listener)[::-1]
+
+    tune([quick], small_plan(), places(tmp_path / "a"), run=Runner())
+    tune([quick], small_plan(), places(tmp_path / "b"), run=backwards)
+    first, second = (tmp_path / name / "search" / "mini-sd3" / "quick" / "trials.csv" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_search_as_one(tmp_path: Path):
+    plan = search_plan(PLANE, trials=3, finalists=1, more_seeds=1, settings=TINY)
+    found = []
+    for workers in (1, 2):
+        (study,) = tune(["nft", "raft"], plan, places(tmp_path / str(workers)), workers=workers)[:1]
+        found.append((tmp_path / str(workers) / "search" / "gaussian" / "nft" / "trials.csv").read_text())
+        assert all(trial.failure is None for trial in study.trials)
+    assert found[0] == found[1]
 
 
 # --- the space --------------------------------------------------------------------------------------------------------
