@@ -53,7 +53,7 @@ class Defaults:
 
     training: settings of the loop, {"learning_rate": 2e-4}; algorithm: hyperparameters. They are the same for every
     reward: a comparison is fair only where no setting depends on the reward's name. log: the search that they come
-    from, a folder that `flowbench tune` wrote or a page, relative to the repository; None: published values.
+    from, a folder that `flowbench tune` wrote or a page, relative to the repository; None: no search.
     """
 
     training: Mapping[str, Any] = field(default_factory=dict)

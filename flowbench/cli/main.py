@@ -144,7 +144,7 @@ def sample(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads or runs.")
+        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads, defaults or runs.")
     ] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
