@@ -69,8 +69,8 @@ class RunConfig(Section):
     def undivided(self) -> RunConfig:
         """The same run with the work divided as the model and the algorithm say, whatever it says itself."""
         preset, cls = load_preset(self.model, resolve=False), algorithms.get(self.algorithm).cls
-        changed = preset.settings(self.algorithm, self.reward)["training"]
-        training = {**preset.training, **_brought(cls, preset, self.reward).training, **changed}
+        changed = preset.settings(self.algorithm)["training"]
+        training = {**preset.training, **_brought(cls, preset).training, **changed}
         return self.model_copy(
             update={
                 "training": undivided(self.training, training),
@@ -142,8 +142,8 @@ def resolve_config(
 ) -> RunConfig:
     """Settings from the general to the particular; each layer wins over those before it.
 
-    The general defaults, the model's, the algorithm's for that model and reward, what the model's preset changes of
-    them, then `overrides` ({"training.images": 100}).
+    The general defaults, the model's, the algorithm's for that model, what the model's preset changes of them, then
+    `overrides` ({"training.images": 100}). None depends on the reward.
 
     prompts: a set's name, folder or file in place of the model's set; splits that it lacks are not evaluated, unless
     `overrides` asks for them. Raises UsageError for an unknown name or key, a wrong type or range, or needs that
@@ -157,7 +157,7 @@ def resolve_config(
     _validate(TrainingConfig, "training", given["training"])
     _validate(EvaluationConfig, "evaluation", given["evaluation"])
     cls = algorithms.get(algorithm).cls
-    own, changed = _brought(cls, preset, spell(terms)), preset.settings(algorithm, spell(terms))
+    own, changed = _brought(cls, preset), preset.settings(algorithm)
     model_training = {**preset.training, **_default_sampler(info.needs)}
     sections: dict[str, dict[str, Any]] = {
         "training": {**model_training, **own.training, **changed["training"], **given["training"]},
@@ -208,13 +208,13 @@ def check_settings(cls: type[Algorithm[Any]], training: Mapping[str, Any], algor
     _validate(cls.Config, "algorithm", dict(algorithm))
 
 
-def _brought(cls: type[Algorithm[Any]], preset: ModelPreset, reward: str) -> Defaults:
+def _brought(cls: type[Algorithm[Any]], preset: ModelPreset) -> Defaults:
     """What the algorithm itself brings for the model, or else for the one that the model is like."""
     from flowbench.algorithm import Defaults
 
     for name in filter(None, (preset.name.removesuffix(RANDOM), preset.like)):
         if name in cls.defaults:
-            found = cls.defaults[name].on(reward)
+            found = cls.defaults[name]
             try:
                 check_settings(cls, found.training, found.algorithm)
             except UsageError as error:

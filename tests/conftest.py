@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from small import SMALL
 from flowbench.cli import main as cli
 from flowbench.config import RunConfig, resolve_config
 from flowbench.evaluation.judges import build_reward
+from flowbench.experiments import run as running
 from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy, Tuning
@@ -33,6 +36,35 @@ os.environ["FLOWBENCH_CACHE"] = "off"  # no test depends on what earlier ones ke
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than cores slow each other down
     torch.set_num_threads(1)
+
+# As in flowbench's command: looking for garbage among the million objects of the libraries took a tenth of all tests.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
+
+PICTURES = {name: getattr(running, name) for name in ("draw", "draw_study")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """A run's own pictures take as long as the small runs of most tests, which do not look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PICTURES:
+            patch.setattr(running, name, lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[[], AbstractContextManager[None]]:
+    """For tests that do: runs made inside of it draw."""
+
+    @contextmanager
+    def drawn() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, draw in PICTURES.items():
+                patch.setattr(running, name, draw)
+            yield
+
+    return drawn
 
 
 @pytest.fixture(scope="session")

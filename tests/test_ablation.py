@@ -74,13 +74,6 @@ def plugin(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs' own pictures take longer than the runs."""
-    monkeypatch.setattr("flowbench.experiments.run.draw", lambda *_: None)
-    monkeypatch.setattr("flowbench.experiments.run.draw_study", lambda *_: None)
-
-
 def run(output: Path) -> dict[str, Any]:
     """Arguments of `plan` beside algorithm, overrides and seeds."""
     return {"split": "test", "reward": "linear", "model": "gaussian", "device": "cpu", "output": output}

@@ -164,9 +164,12 @@ def config(preset_file: str) -> Callable[..., RunConfig]:
     return make
 
 
-def test_a_run_with_kept_scores_has_the_same_record_and_says_so(config: Callable[..., RunConfig], tmp_path: Path):
+def test_a_run_with_kept_scores_has_the_same_record_and_says_so(
+    config: Callable[..., RunConfig], tmp_path: Path, pictures: Callable
+):
     def run(name: str) -> Record:
-        return execute(config(), tmp_path / name, "", resume=False)
+        with pictures():
+            return execute(config(), tmp_path / name, "", resume=False)
 
     first, second = run("first"), run("second")
     assert (first.base_cached, second.base_cached) == ((), ("test", "compositional"))

@@ -325,6 +325,7 @@ def test_a_wrong_value_in_a_configuration_file_is_wrong_usage(
         ("models", ["gaussian", "mini-sd3", "mixture", "sd3-medium", "sd3.5-large", "sd3.5-medium"]),
         ("prompts", ["shapes", "compositional"]),
         ("workloads", ["shapes-clip", "plane-quadratic"]),
+        ("defaults", ["acflow", "docs/mini-sd3-search.md", "training.learning_rate=", "no search"]),
     ],
 )
 def test_lists_name_everything(what: str, expected: list[str]):

@@ -74,6 +74,13 @@ CASES = {
         2,
         "name two or more different algorithms",
     ),
+    "tune": Case(
+        ["raft", "--workload", "plane-linear", "--trials", "2", "--dry-run"],
+        "trials: 2; the rules have 20",
+        ["raft", "--sampler", "grid"],
+        2,
+        "unknown sampler 'grid'",
+    ),
     "suite run": Case(["rehearsal", "--dry-run"], "in 24 runs", ["rehersal"], 2, "did you mean 'rehearsal'"),
     "suite show": Case(["rehearsal"], "24 missing", ["absent.yaml"], 2, "'absent.yaml' is not a suite"),
     "check": Case(["jpeg"], "pass", ["jpge"], 2, "did you mean 'jpeg'"),

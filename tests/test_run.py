@@ -47,7 +47,9 @@ class Slow(Reward):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig) -> tuple[Path, Record, RunConfig]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig, pictures: Callable
+) -> tuple[Path, Record, RunConfig]:
     """A run of AC-Flow on CLIP with 128 images, evaluated on two splits."""
     overrides = {
         "training.images": 128,
@@ -60,7 +62,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig) 
     }
     config = tiny_config("acflow", "clip", seed=3, overrides=overrides)
     folder = run_folder(tmp_path_factory.mktemp("runs"), config)
-    return folder, execute(config, folder, "flowbench run acflow", resume=False), config
+    with pictures():
+        return folder, execute(config, folder, "flowbench run acflow", resume=False), config
 
 
 def test_a_run_folder_answers_what_produced_it(finished: tuple):

@@ -23,6 +23,7 @@ from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
 from flowbench.cli import suites as cli_suites
 from flowbench.cli import testbed as cli_testbed
+from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
     DeviceOption,
     JsonOption,
@@ -144,7 +145,7 @@ def sample(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads or runs.")
+        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads, defaults or runs.")
     ] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
@@ -159,6 +160,7 @@ def list_(
 
 
 app.command()(cli_leaderboard.leaderboard)
+app.command()(cli_tune.tune)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
 app.command()(cli_suites.compare)

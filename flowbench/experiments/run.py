@@ -216,7 +216,7 @@ def _execute(
     if processes.is_main:
         record.save(folder / RECORD)
         draw(folder, pairs, config, way)
-        if study:
+        if study and splits:  # a search's run has no reporting split
             draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
         (folder / DONE).touch()
         listener.on_record(record, folder)
