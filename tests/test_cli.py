@@ -83,13 +83,18 @@ def processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def best_of(tries: int, *arguments: str) -> tuple[subprocess.CompletedProcess, float]:
-    """The fastest of several runs, since other processes may use the machine."""
-    return min((run_process(*arguments) for _ in range(tries)), key=lambda pair: pair[1])
+def best_of(tries: int, limit: float, *arguments: str) -> tuple[subprocess.CompletedProcess, float]:
+    """The first of several runs below a limit, else the fastest, since other processes may use the machine."""
+    done = []
+    for _ in range(tries):
+        done.append(run_process(*arguments))
+        if done[-1][1] < limit:
+            break
+    return min(done, key=lambda pair: pair[1])
 
 
 def test_help_is_there_at_once():
-    done, seconds = best_of(4, "--help")
+    done, seconds = best_of(4, 0.7, "--help")
     assert done.returncode == 0
     for command in ("run", "evaluate", "sample", "list", "leaderboard", "doctor", "testbed"):
         assert command in done.stdout
@@ -109,7 +114,7 @@ def test_help_is_there_at_once():
     ],
 )
 def test_a_misspelling_is_answered_within_a_second_in_one_line(arguments: list[str], answer: str):
-    done, seconds = best_of(3, *arguments)
+    done, seconds = best_of(3, 1.0, *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"flowbench: {answer}"]
     assert done.stdout == ""
