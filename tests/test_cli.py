@@ -243,7 +243,8 @@ def test_an_algorithm_in_a_file_of_its_own_runs(
     assert len(ALGORITHM.strip().splitlines()) <= 40
     plugin = tmp_path / "best_half.py"
     plugin.write_text(ALGORITHM, encoding="utf-8")
-    arguments = ["--reward", "jpeg", "--model", preset_file, *settings(algorithm__strength=2.0)]
+    brief = settings(algorithm__strength=2.0, evaluation__judges=[])
+    arguments = ["--reward", "jpeg", "--model", preset_file, *brief]
     assert flowbench_main("run", "best-half", "--plugin", plugin, *arguments, "--output", tmp_path / "runs") == 0
     (path,) = (tmp_path / "runs").rglob("record.json")
     record = load_record(path)
@@ -261,7 +262,8 @@ def test_a_reward_in_a_package_of_its_own_runs(tmp_path: Path, settings: Setting
     (site / "greenness_reward.py").write_text(REWARD, encoding="utf-8")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: greenness-reward\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[flowbench.rewards]\ngreenness = greenness_reward\n", encoding="utf-8")
-    arguments = ["--model", preset_file, "--device", "cpu", *settings(), "--output", tmp_path / "runs"]
+    brief = settings(training__images=16, evaluation__judges=[])
+    arguments = ["--model", preset_file, "--device", "cpu", *brief, "--output", tmp_path / "runs"]
     done, _ = run_process("run", "orw-cfm-w2", "--reward", "greenness", *arguments, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -273,7 +275,8 @@ def test_a_reward_in_a_package_of_its_own_runs(tmp_path: Path, settings: Setting
 def test_a_runs_own_configuration_file_repeats_it(
     flowbench_main: Main, tmp_path: Path, settings: Settings, preset_file: str
 ):
-    arguments = ["--reward", "jpeg", "--model", preset_file, "--seed", "6", *settings(training__images=16)]
+    arguments = ["--reward", "jpeg", "--model", preset_file, "--seed", "6"]
+    arguments += settings(training__images=16, evaluation__judges=["oracle"])
     assert flowbench_main("run", "orw-cfm-w2", *arguments, "--output", tmp_path / "one") == 0
     (first,) = (tmp_path / "one").rglob("record.json")
     again = ["--config", first.parent / "config.yaml", "--output", tmp_path / "two"]
