@@ -5,6 +5,7 @@ With two processes the script is started twice, each with its rank in the enviro
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -240,4 +241,5 @@ def save_pipeline(root: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000, 20, 20)  # as in flowbench's command
     main(Path(sys.argv[1]))
