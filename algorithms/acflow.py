@@ -97,6 +97,12 @@ class AcFlow(Algorithm["AcFlow.Config"]):
             return 0 if self.critic == "none" else self.warmup
 
     cfg: Config
+    metrics: ClassVar = {
+        "critic_loss": "error of V against its target",
+        "explained_variance": "share of the target's variance that V explains, from this sigma on",
+        "clipped": "share of advantages at the bound",
+        "effective_sample_size": "(sum |w|)^2 / (n sum w^2), before centring",
+    }
     defaults: ClassVar = {
         # Found in runs of one to five seeds: docs/mini-sd3-search.md.
         "mini-sd3": Defaults(

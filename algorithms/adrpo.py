@@ -45,6 +45,9 @@ class Adrpo(Matching["Adrpo.Config"]):
 
     cfg: Config
     # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    metrics: ClassVar = {
+        "strength": "mean of |A| / beta0",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults(
             {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}

@@ -60,6 +60,9 @@ class Awm(TrailingMatching["Awm.Config"]):
         average_ramp: float = Field(0.001, gt=0, description="growth of that decay per iteration; reference code")
 
     cfg: Config
+    metrics: ClassVar = {
+        "lag": "mean_d (v - v_average)^2",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "beta": 0.003}),  # docs/mini-sd3-search.md
         # scxue/advantage_weighted_matching, config/dgx_awm.py, geneval_sd3_no_cfg (beta: OCR 0.003, PickScore 1e-4).

@@ -56,6 +56,11 @@ class Dpok(StepPolicyGradient["Dpok.Config"]):
         value: bool = Field(True, description="subtract a learned value of state, text and step; reference's v_flag")
 
     cfg: Config
+    metrics: ClassVar = {
+        "kl": "exact KL per step, in nats",
+        "explained_variance": "share of the rewards' variance that V explains",
+        "value_loss": "mean squared error of V, in deviations of the reward",
+    }
     defaults: ClassVar = {
         **{
             model: Defaults({**settings.training, **VALUE_STEPS}, settings.algorithm)

@@ -53,6 +53,9 @@ class Draft(Algorithm["Draft.Config"]):
             return noises
 
     cfg: Config
+    metrics: ClassVar = {
+        "reward_replayed": "mean reward of the images computed again with gradient",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults({"learning_rate": 1.5e-4, "minibatch": 32}),  # docs/mini-sd3-search.md
         # The pipeline's own grid ends with a step that changes nothing: two are the paper's one (docs/sampling.md).

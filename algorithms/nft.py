@@ -56,6 +56,9 @@ class Nft(TrailingMatching["Nft.Config"]):
         old_start: int = Field(0, ge=0, description="iterations before it grows; reference code (75 for OCR)")
 
     cfg: Config
+    metrics: ClassVar = {
+        "old_distance": "mean_d (v - v_old)^2",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "kl": 0.5}),  # docs/mini-sd3-search.md
         # NVlabs/DiffusionNFT, config/nft.py, sd3_geneval and sd3_pickscore; its sampler is a second-order solver.

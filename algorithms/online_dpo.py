@@ -49,6 +49,13 @@ class OnlineDpo(Algorithm["OnlineDpo.Config"]):
         states_per_pair: int = Field(1, ge=1, description="noisy states per pair and pass")
 
     cfg: Config
+    metrics: ClassVar = {
+        "accuracy": "share of rows with logit above 0",
+        "logit": "mean logit",
+        "better": "mean error of the better images",
+        "worse": "mean error of the worse images",
+        "pairs": "share of rows whose two images differ in reward",
+    }
     defaults: ClassVar = {
         # Found in runs of one to five seeds: docs/mini-sd3-search.md.
         "mini-sd3": Defaults({"learning_rate": 2e-4, "minibatch": 32}, {"states_per_pair": 8}),

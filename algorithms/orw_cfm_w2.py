@@ -65,6 +65,9 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
 
     cfg: Config
     anchored: ClassVar = True
+    metrics: ClassVar = {
+        "weight": "mean of w",
+    }
     defaults: ClassVar = {
         # Found in runs of one to five seeds: docs/mini-sd3-search.md.
         "mini-sd3": Defaults(

@@ -45,6 +45,9 @@ class Raft(Matching["Raft.Config"]):
 
     cfg: Config
     # Found in runs of one to five seeds: docs/mini-sd3-search.md.
+    metrics: ClassVar = {
+        "kept": "mean reward of the kept images above their prompt's mean",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults(
             {

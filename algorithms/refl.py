@@ -50,6 +50,9 @@ class Refl(Algorithm["Refl.Config"]):
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2")
 
     cfg: Config
+    metrics: ClassVar = {
+        "reward_x0_hat": "mean reward of the one-step predictions x0_hat",
+    }
     defaults: ClassVar = {
         "mini-sd3": Defaults({"learning_rate": 3e-4, "minibatch": 32}),  # docs/mini-sd3-search.md
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),  # as the reference code: docs/guidance.md

@@ -188,6 +188,8 @@ class Algorithm(Generic[C]):
     value within a factor of ten either way, or all the choices. It is the same for every model and reward.
     `flowbench check` refuses a key that is unknown and a value that is invalid, in both.
 
+    `metrics` says in a line each what it logs, {"strength": "mean of |A| / beta0"}; pictures of a run show it.
+
     From rollout to update in three steps: `prepare` sees the whole iteration; `measure` and `compare` see a minibatch;
     `loss` sees rows.
     """
@@ -197,6 +199,7 @@ class Algorithm(Generic[C]):
     ablations: ClassVar[Sequence[Mapping[str, Any]]] = ()
     defaults: ClassVar[Mapping[str, Defaults]] = {}
     search_space: ClassVar[Mapping[str, Dimension]] = COMMON_SEARCH_SPACE
+    metrics: ClassVar[Mapping[str, str]] = {}
     whole_groups: ClassVar[bool] = False
     anchored: ClassVar[bool] = False
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -178,29 +180,70 @@ def load_record(path: Path) -> Record:
     Raises UsageError for a file that is none.
     """
     try:
-        return Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise UsageError(f"'{path}' is not a flowbench record: {str(error).splitlines()[0]}") from error
+        return Record.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].lower().splitlines()[0] + (f" in '{where}'" if where else "")
+        raise UsageError(f"'{path}' is not a flowbench record: {what}") from error
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """The records below some places, in the order of their paths; faults: a line for each file that is broken."""
+
+    records: tuple[Record, ...]
+    faults: tuple[str, ...]
+
+
+def read_records(places: Iterable[Path]) -> Found:
+    """All records below these files and folders, and what could not be read; a file that is named twice counts once.
+
+    Raises UsageError when a place does not exist.
+    """
+    files: dict[Path, Path] = {}
+    for place in places:
+        if not place.exists():
+            raise UsageError(f"'{place}' does not exist")
+        files |= {file.resolve(): file for file in ([place] if place.is_file() else _record_files(place))}
+    records, faults = [], []
+    for file in files.values():
+        try:
+            records.append(load_record(file))
+        except UsageError as error:
+            faults.append(str(error))
+    return Found(tuple(records), tuple(faults))
 
 
 def find_records(places: Iterable[Path]) -> list[Record]:
     """All records below these files and folders, in the order of their paths.
 
-    Raises UsageError when a place does not exist.
+    Raises UsageError when a place does not exist or a file is broken.
     """
-    found: list[Record] = []
-    for place in places:
-        if not place.exists():
-            raise UsageError(f"'{place}' does not exist")
-        files = [place] if place.is_file() else _record_files(place)
-        found += [load_record(file) for file in files]
-    return found
+    found = read_records(places)
+    if found.faults:
+        raise UsageError(found.faults[0])
+    return list(found.records)
 
 
 def _record_files(place: Path) -> list[Path]:
-    """record.json of every run below a folder, and every JSON below a folder named results."""
-    files = place.rglob("*.json")
-    return sorted(f for f in files if f.name == "record.json" or "results" in f.resolve().parts)
+    """record.json of every run below a folder, and every other JSON that begins as a record does."""
+    files = (f for f in place.rglob("*.json") if f.is_file())
+    return sorted(f for f in files if f.name == "record.json" or _begins_as_record(f))
+
+
+_BEGINNING = re.compile(rb'\s*\{\s*("version"\s*:\s*\d+\s*,\s*)?"algorithm"\s*:')
+
+
+def _begins_as_record(file: Path) -> bool:
+    """Whether a JSON is meant to be a record: other programs' files lie in folders of results, too."""
+    try:
+        with file.open("rb") as opened:
+            return _BEGINNING.match(opened.read(256)) is not None
+    except OSError:
+        return True  # whoever loads it says what is wrong
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -149,7 +150,13 @@ class Registry(Generic[Info]):
         return self.get(name).info
 
     def _points(self) -> tuple[EntryPoint, ...]:
-        return tuple(entry_points(group=self.group))
+        return _entry_points(self.group, tuple(sys.path))
+
+
+@lru_cache(maxsize=8)
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of all packages on a path; finding them takes as long as importing a small package."""
+    return tuple(entry_points(group=group))
 
 
 def is_url(name: str) -> bool:

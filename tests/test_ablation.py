@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from small import SMALL
 from test_leaderboard import record as make_record
 
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, RunInterruptedError, UsageError
-from flowbench.evaluation.statistics import mean_ci95
 from flowbench.experiments.ablation import Variant, all_jobs, plan, rows, to_csv, to_markdown
 from flowbench.experiments.run import Listener
 from flowbench.experiments.study import Job, Outcome, StudyListener, run_jobs
@@ -211,10 +211,12 @@ def test_runs_count_as_degraded_below_a_truth_of_minus_five_points_and_as_collap
     (row,) = rows([variant], outcomes, "test")
     assert (row.runs, row.shares) == (4, {"degraded": 0.5, "collapsed": 0.5})
     assert row.failures == ("seed 9: no memory",)
-    assert row.values["truth"].mean == pytest.approx(np.mean([t for t, _ in values]))
-    assert row.values["truth"].ci95 == pytest.approx(mean_ci95(np.array([t for t, _ in values])))
-    assert row.values["diversity"].mean == pytest.approx(0.5)
-    assert row.values["reward"].mean == pytest.approx(np.mean([0.5 + 2 * t for t, _ in values]))
+    assert row.values["truth"].value == pytest.approx(np.mean([t for t, _ in values]))
+    truths = [t for t, _ in values]
+    ends = stats.t.interval(0.95, 3, np.mean(truths), stats.sem(truths))
+    assert (row.values["truth"].low, row.values["truth"].high) == pytest.approx(ends)
+    assert row.values["diversity"].value == pytest.approx(0.5)
+    assert row.values["reward"].value == pytest.approx(np.mean([0.5 + 2 * t for t, _ in values]))
 
 
 def test_the_table_says_it_as_text_and_as_numbers(tmp_path: Path, tiny_config: Any):

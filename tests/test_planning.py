@@ -31,7 +31,8 @@ from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
 from flowbench.record import RANDOM, find_records
-from flowbench.reporting.leaderboard import rows
+from flowbench.reporting.documents import to_csv
+from flowbench.reporting.leaderboard import board
 from flowbench.reward import Reward
 from flowbench.scoring.checkpoints import random_weights
 from flowbench.training.trainer import Trainer
@@ -273,9 +274,9 @@ def test_a_model_of_unknown_configuration_is_refused_in_one_line():
 def test_no_record_of_random_weights_enters_a_table():
     record = find_records([ROOT / "leaderboard" / "results"])[0]
     random = record.model_copy(update={"model": record.model + RANDOM})
-    assert rows([record, random], "test") == rows([record], "test")
+    assert to_csv(board([record, random])) == to_csv(board([record]))
     with pytest.raises(UsageError, match="no records found"):
-        rows([random], "test")
+        board([random])
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import typer
 
 from flowbench import __version__
 from flowbench.cli import bench as cli_bench
+from flowbench.cli import leaderboard as cli_leaderboard
 from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
@@ -149,33 +150,7 @@ def list_(
     listing(what, output)
 
 
-@app.command()
-def leaderboard(
-    places: Annotated[list[Path], typer.Argument(help="Folders or records; default: runs.")] = [OUTPUT],  # noqa: B006
-    split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
-    format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
-    output: Annotated[Path | None, typer.Option(help="Write there instead of to the terminal.")] = None,
-) -> None:
-    """Compare runs: means over seeds with intervals, generated from their records."""
-    if format_ not in ("terminal", "markdown", "csv"):
-        raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
-    records = api.load_records(*places)
-
-    from flowbench.cli.display.leaderboard import leaderboard as show
-    from flowbench.record import write_atomically
-    from flowbench.reporting.leaderboard import rows, to_csv, to_markdown
-
-    table = rows(records, split)
-    if format_ == "terminal":
-        show(table)
-        return
-    text = to_markdown(table) if format_ == "markdown" else to_csv(table)
-    if output:
-        write_atomically(output, text)
-    else:
-        typer.echo(text, nl=False)
-
-
+app.command()(cli_leaderboard.leaderboard)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
 app.command()(cli_probe.probe)

@@ -37,6 +37,8 @@ def ablate(
 
     if format_ not in ("terminal", "markdown", "csv"):
         raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
+    if table and format_ == "terminal":
+        raise UsageError("--table writes a file; add --format markdown or --format csv")
     for file in plugin:
         load_plugin_file(file)
     overrides = {**parse_assignments(settings), **({"training.images": images} if images else {})}

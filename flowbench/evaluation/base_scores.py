@@ -30,6 +30,7 @@ from flowbench.scoring.visitor import Visitor
 
 # What an evaluation imports, by the rule of rooms; algorithms and training are not among it.
 ROOMS = ("evaluation", "models", "prompts", "scoring", "testbeds")
+EACH = "each image's "  # before the names of tensors that have a score for each image of the grid
 UNREAD = ("name", "source", "licence", "prompts", "rewards", "training", "evaluation", "like", "algorithms")
 
 
@@ -48,15 +49,17 @@ class BaseScores:
         if kept is None:
             return None
         grid = kept.pop("grid")
+        each = {name.removeprefix(EACH): kept[name].numpy() for name in sorted(kept) if name.startswith(EACH)}
         scores = {name: kept[name].numpy() for name in self._order(set(kept))}
-        return SplitScores(spread(split, self.config.prompts), scores, grid)
+        return SplitScores(spread(split, self.config.prompts), scores, grid, each)
 
     def write(self, split: PromptSplit, scores: SplitScores) -> None:
         """Keep scores, if it is known what decides them."""
         identity = self._of(split)
         if identity is not None:
             tensors = {name: torch.from_numpy(values) for name, values in scores.scores.items()}
-            self.cache.write(identity, {**tensors, "grid": scores.grid})
+            each = {f"{EACH}{name}": torch.from_numpy(values) for name, values in scores.each.items()}
+            self.cache.write(identity, {**tensors, **each, "grid": scores.grid})
 
     def _of(self, split: PromptSplit) -> str | None:
         if self._shared is None:

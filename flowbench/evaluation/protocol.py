@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from flowbench.testbeds.shapes.truth import truth
 
 W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID_PROMPTS, GRID_IMAGES = 12, 4
+GRID_PIXELS = 2**20  # of small images there are more prompts, as many as have so many pixels together
 
 Progress = Callable[[int], None]  # images done
 
@@ -37,12 +39,13 @@ class SplitScores:
     """Per-prompt scores of one model on one split.
 
     prompts: P prompts; scores: metric name to (P,) means over a prompt's images; grid: images (p, n, 3, H, W) of the
-    first prompts, for a picture.
+    first prompts, for a picture; each: the scores of these images, (p, n), by the metrics that score images.
     """
 
     prompts: tuple[Prompt, ...]
     scores: dict[str, np.ndarray]
     grid: torch.Tensor
+    each: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,9 @@ def _shared(
         return told[0]
     progress((len(prompts) - len(own)) * config.images_per_prompt)
     scores = {metric: np.concatenate([other.scores[metric] for other in told]) for metric in told[0].scores}
-    return SplitScores(prompts, scores, torch.cat([other.grid for other in told if len(other.grid)]))
+    shown = [other for other in told if len(other.grid)]
+    each = {metric: np.concatenate([other.each[metric] for other in shown]) for metric in shown[0].each}
+    return SplitScores(prompts, scores, torch.cat([other.grid for other in shown]), each)
 
 
 def _score(
@@ -194,12 +199,15 @@ def _score(
     assert images is not None
     lot = Lot(images.__getitem__, tuple(prompts[p] for p, _ in rows))
     collected = score_images(judges, [lot], policy.device, portions.score)
-    per_prompt = {m: v.reshape(len(own), n).mean(1).numpy() for m, v in collected.items()}
+    by_image = {m: v.reshape(len(own), n) for m, v in collected.items()}
+    per_prompt = {m: v.mean(1).numpy() for m, v in by_image.items()}
     per_prompt["w2"] = torch.cat(distances).numpy()
     per_prompt["diversity"] = within_prompt_diversity(torch.cat(latents).reshape(len(own), n, -1)).numpy()
-    shown = max(0, GRID_PROMPTS - own.start)
+    pixels = min(n, GRID_IMAGES) * math.prod(images.shape[2:])
+    shown = max(0, max(GRID_PROMPTS, GRID_PIXELS // pixels) - own.start)
     grid = images.reshape(len(own), n, *images.shape[1:])[:shown, :GRID_IMAGES].clone()
-    return SplitScores(prompts[own.start : own.stop], per_prompt, grid)
+    each = {m: v[:shown, :GRID_IMAGES].numpy().copy() for m, v in by_image.items()}
+    return SplitScores(prompts[own.start : own.stop], per_prompt, grid, each)
 
 
 @dataclass(frozen=True)

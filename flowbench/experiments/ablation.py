@@ -14,10 +14,15 @@ import numpy as np
 from flowbench.errors import RunError, UsageError, did_you_mean
 from flowbench.evaluation.exact_study import KL
 from flowbench.evaluation.exact_study import REWARD as EXACT
+from flowbench.evaluation.statistics import Interval
 from flowbench.experiments.study import Job, Outcome, make_job, spell
 from flowbench.record import Record, read_metrics
 from flowbench.registry import algorithms
-from flowbench.reporting.leaderboard import Cell, markdown_table, over_seeds
+from flowbench.reporting.columns import interval_text
+from flowbench.reporting.documents import markdown_table
+from flowbench.reporting.escape import csv as csv_text
+from flowbench.reporting.escape import markdown
+from flowbench.reporting.leaderboard import over_seeds
 from flowbench.reporting.plots import TRUTH, Curve
 from flowbench.settings import full_names
 from flowbench.terms import parse_reward, path_name
@@ -83,7 +88,7 @@ class Row:
     repeats: bool
     runs: int
     failures: tuple[str, ...]
-    values: dict[str, Cell]
+    values: dict[str, Interval]
     shares: dict[str, float]
     curves: dict[str, Curve]
 
@@ -137,7 +142,7 @@ def _quantities(record: Record, split: str) -> dict[str, float]:
         values["truth"] = scores[TRUTH].change
     if KL in scores:
         values["kl"] = scores[KL].tuned
-    if "diversity" in scores:
+    if "diversity" in scores and scores["diversity"].base > 0:
         values["diversity"] = scores["diversity"].tuned / scores["diversity"].base
     return values
 
@@ -193,7 +198,7 @@ def headings(table: Sequence[Row]) -> list[str]:
 def legend(table: Sequence[Row]) -> str:
     """What the columns mean."""
     said = [f"{name}: {COLUMNS[name]}" for name in headings(table) if name in COLUMNS]
-    return f"Means over seeds with 95 % bootstrap intervals over seeds. {'; '.join(said)}."
+    return f"Means over seeds with 95 % t intervals over seeds. {'; '.join(said)}."
 
 
 def cells(row: Row, columns: Sequence[str]) -> list[str]:
@@ -205,7 +210,7 @@ def cells(row: Row, columns: Sequence[str]) -> list[str]:
 def _texts(row: Row) -> dict[str, str]:
     failed = f", {len(row.failures)} failed" if row.failures else ""
     texts = {"variant": row.variant + (" (as default)" if row.repeats else ""), "runs": f"{row.runs}{failed}"}
-    texts |= {name: cell.text(signed=name in SIGNED) for name, cell in row.values.items()}
+    texts |= {name: interval_text(found, signed=name in SIGNED) for name, found in row.values.items()}
     texts |= {name: f"{share:.0%}" for name, share in row.shares.items()}
     if row.explained:
         texts["explained variance"] = " ".join(f"{value:.2f}" for value in row.explained)
@@ -221,7 +226,7 @@ def to_markdown(table: Sequence[Row]) -> str:
     """A Markdown table with a legend, and what failed."""
     columns = headings(table)
     text = f"{markdown_table(columns, [cells(row, columns) for row in table])}\n\n{legend(table)}\n"
-    return text + "".join(f"\n- {line}" for line in failures(table)) + ("\n" if failures(table) else "")
+    return text + "".join(f"\n- {markdown(line)}" for line in failures(table)) + ("\n" if failures(table) else "")
 
 
 def to_csv(table: Sequence[Row]) -> str:
@@ -230,9 +235,10 @@ def to_csv(table: Sequence[Row]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["variant", "runs", "failed", "quantity", "mean", "low", "high"])
     for row in table:
-        head = [row.variant, row.runs, len(row.failures)]
-        for name, cell in row.values.items():
-            writer.writerow([*head, name, cell.mean, *(cell.ci95 or ("", ""))])
+        head = [csv_text(row.variant), row.runs, len(row.failures)]
+        for name, found in row.values.items():
+            ends = ("" if end is None else end for end in (found.low, found.high))
+            writer.writerow([*head, name, found.value, *ends])
         for name, share in row.shares.items():
             writer.writerow([*head, name, share, "", ""])
         for name, curve in row.curves.items():

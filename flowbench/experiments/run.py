@@ -34,7 +34,8 @@ from flowbench.prompts import PromptSplit, load_split
 from flowbench.record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
-from flowbench.reporting.plots import learning_curves, sample_grid
+from flowbench.reporting.plots import learning_curves
+from flowbench.reporting.samples import draw_pairs
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Rollout
 from flowbench.terms import path_name
@@ -268,13 +269,11 @@ def make_record(
 
 def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig) -> None:
     """Sample grids before and after, where samples are images, and the learning curves."""
-    for split, pair in pairs.items():
-        if pair.base.grid.shape[2] != 3:
-            continue
-        prompts = [p.text for p in pair.base.prompts[: len(pair.base.grid)]]
-        sample_grid(folder / "samples" / f"{split}.png", {"base": pair.base.grid, "tuned": pair.tuned.grid}, prompts)
     title = f"{config.algorithm} on {config.reward}, seed {config.seed}"
-    learning_curves(folder / "curves.png", read_metrics(folder / METRICS), title)
+    draw_pairs(folder / "samples", pairs, config.reward, title)
+    learning_curves(
+        folder / "curves.png", read_metrics(folder / METRICS), title, config.reward, algorithm=config.algorithm
+    )
 
 
 def load_tuned(folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> tuple[Policy, RunConfig]:

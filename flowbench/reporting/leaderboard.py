@@ -1,162 +1,244 @@
-"""Records to tables: rows per algorithm with means over seeds and bootstrap intervals; nobody types a score."""
+"""Records to tables with statistics: what holds of each method, who shares the first place, and what cannot be told.
+
+A pure function of records; nobody types a score. docs/statistics.md says which intervals and tests, docs/leaderboard.md
+what a table shows.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
 from flowbench.errors import UsageError
-from flowbench.evaluation.statistics import mean_ci95
-from flowbench.record import RANDOM, Record
-from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
+from flowbench.evaluation.statistics import (
+    LIKE,
+    THESE,
+    Components,
+    Gains,
+    Interval,
+    Over,
+    Ranking,
+    Reached,
+    Standing,
+    compare,
+    mean_gain,
+    smallest_difference,
+)
+from flowbench.evaluation.statistics.crossed import interval, mean_squares
+from flowbench.record import Record
+from flowbench.reporting.escape import plain
+from flowbench.reporting.groups import Group, Workload, group, mixtures
+from flowbench.reporting.style import family_of
+from flowbench.reporting.targets import DIVERSITY, Target, Unit, cost
+from flowbench.reporting.values import LEVEL, Values, gains_of, held_out, retained, speaks
+from flowbench.terms import plain_metric, trained_metrics
 
-HEADLINE = ("oracle_exact", "oracle_soft", "diversity", "w2")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Mean over seeds, with the 95 % bootstrap interval over seeds (None for a single seed)."""
-
-    mean: float
-    ci95: tuple[float, float] | None
-
-    def text(self, signed: bool = True) -> str:
-        """ "+0.083 [+0.071, +0.094]"."""
-        form = "{:+.3f}" if signed else "{:.3f}"
-        interval = f" [{form}, {form}]".format(*self.ci95) if self.ci95 else ""
-        return form.format(self.mean) + interval
+TRUTH, EXACT = "oracle_exact", "reward"
+HELD_OUT = "held-out"  # the mean of the held-out judges' gains, each in deviations of the base model over prompts
+LAST = ("oracle_exact", "oracle_soft", "diversity", "w2", "kl")  # columns, in this order, behind all others
 
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm on one model, reward, budget and protocol.
+    """One method, with one setting, on one workload.
 
-    gains: tuned minus base per metric; retained: tuned over base, of the diversities among them; seconds: mean of the
-    training time.
+    gains: tuned minus base by metric, and "held-out"; retained: diversities as a share of the base model's, None where
+    that has none; broken: metrics that are not finite in so many runs; standing: its place among the rows, None without
+    a finished run. seconds, evaluations, reward_calls: means over finished runs. to_target: costs by unit.
     """
 
-    model: str
-    reward: str
+    group: Group
+    family: str
+    gains: Mapping[str, Interval]
+    retained: Mapping[str, Interval | None]
+    broken: Mapping[str, int]
+    standing: Standing | None
     images: int
-    protocol: str
-    algorithm: str
-    config_hash: str
-    seeds: int
-    gains: dict[str, Cell]
-    retained: dict[str, Cell]
     seconds: float
+    evaluations: float
+    reward_calls: float
+    to_target: Mapping[Unit, Reached] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm's name."""
+        return self.group.algorithm
+
+    @property
+    def label(self) -> str:
+        """The row's name, unique in its table."""
+        return self.group.label
+
+    @property
+    def seeds(self) -> int:
+        """Finished runs."""
+        return len(self.group.finished)
+
+    @property
+    def failed(self) -> int:
+        """Runs that gave no result."""
+        return len(self.group.failed)
 
 
-def rows(records: Sequence[Record], split: str) -> list[Row]:
-    """One row per (model, reward, images, protocol, algorithm, configuration), best truth first.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """All methods on one workload, in the order of the metric `by`.
 
-    Records of models with random weights are left out.
-    Raises UsageError when there are no records, or none with that split.
+    metrics: columns of numbers, those trained on first; gains: what their statistics are computed from; ranking: of
+    `by`; smallest: the difference in `by` that so many seeds and prompts show with probability 0.8 after correction,
+    None where that cannot be said; warnings: what makes its rows less comparable.
     """
-    records = [record for record in records if not record.model.endswith(RANDOM)]
-    if not records:
-        raise UsageError("no records found; a finished run leaves one in its folder, see 'flowbench list runs'")
-    groups: dict[tuple[str, str, int, str, str, str], list[Record]] = {}
-    for r in records:
-        if any(key.endswith(f"/{split}") for key in r.scores):
-            groups.setdefault(
-                (r.model, r.reward, r.budget.images, r.protocol_hash, r.algorithm, r.config_hash), []
-            ).append(r)
-    if not groups:
-        known = sorted({key.split("/")[1] for r in records for key in r.scores})
-        raise UsageError(f"no record has the split '{split}'; there are: {', '.join(known)}")
-    table = [_row(key, group, split) for key, group in groups.items()]
 
-    def order(row: Row) -> tuple[str, str, int, str, float]:
-        lead = next((row.gains[m] for m in ("oracle_exact", *trained_metrics(row.reward)) if m in row.gains), None)
-        return (row.model, row.reward, row.images, row.protocol, -(lead.mean if lead else 0.0))
-
-    return sorted(table, key=order)
+    workload: Workload
+    split: str
+    rows: tuple[Row, ...]
+    metrics: tuple[str, ...]
+    trained: frozenset[str]
+    by: str | None
+    over: Over
+    gains: Mapping[str, Gains]
+    ranking: Ranking | None
+    smallest: float | None
+    target: Target | None
+    warnings: tuple[str, ...]
 
 
-def _row(key: tuple[str, str, int, str, str, str], group: list[Record], split: str) -> Row:
-    model, reward, images, protocol, algorithm, config_hash = key
-    shared = set.intersection(*(set(r.scores) for r in group))  # judges may have been added between two seeds
-    metrics = [m.split("/")[0] for m in group[0].scores if m.endswith(f"/{split}") and m in shared]
-    gains = {m: over_seeds([r.scores[f"{m}/{split}"].change for r in group]) for m in metrics}
-    retained = {
-        m: over_seeds([r.scores[f"{m}/{split}"].tuned / r.scores[f"{m}/{split}"].base for r in group])
-        for m in metrics
-        if plain_metric(m) == "diversity"
-    }
-    seconds = float(np.mean([r.budget.seconds for r in group]))
-    seeds = len({r.seed for r in group})
-    return Row(model, reward, images, protocol, algorithm, config_hash, seeds, gains, retained, seconds)
+@dataclass(frozen=True, eq=False)
+class Board:
+    """A table for each workload; notes: what a reader should know of all."""
+
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...] = ()
 
 
-def over_seeds(values: list[float]) -> Cell:
-    """The cell of one value per seed."""
-    array = np.array(values)
-    return Cell(float(array.mean()), mean_ci95(array) if len(array) > 1 else None)
+def board(
+    records: Iterable[Record],
+    split: str = "test",
+    over: Over = LIKE,
+    by: str | None = None,
+    target: Target | None = None,
+) -> Board:
+    """The tables of some records.
+
+    over: whether intervals speak of prompts like these or of these prompts; by: the metric that orders the rows, by
+    default the truth where it is known, else the reward trained on.
+    Raises UsageError when no record has the split, no table has the metric, or the rules of a ruleset are broken.
+    """
+    grouped = group(records, split)
+    tables = tuple(_table(w, groups, split, over, by, target) for w, groups in grouped.workloads.items())
+    if by is not None and all(table.by is None for table in tables):
+        known = sorted({metric for table in tables for metric in table.metrics})
+        raise UsageError(f"no record has the metric '{plain(by)}'; there are: {', '.join(map(plain, known)) or 'none'}")
+    return Board(tables, grouped.notes)
 
 
-def columns(table: Sequence[Row]) -> list[str]:
-    """Metrics of all rows: rewards first, then truth, diversity and divergence."""
-    seen = {m: None for row in table for m in row.gains}
-    place = {name: k for k, name in enumerate(HEADLINE)}
-    return sorted(seen, key=lambda m: (place.get(plain_metric(m), -1), m))
+def _table(
+    workload: Workload, groups: Sequence[Group], split: str, over: Over, by: str | None, target: Target | None
+) -> Table:
+    values = {g.label: Values(g, split) for g in groups}
+    metrics = _ordered({m: None for v in values.values() for m in v.metrics}, workload.reward)
+    gains = {m: gains_of(m, groups, values) for m in metrics}
+    judged = held_out(groups, values)
+    if judged is not None:
+        gains[HELD_OUT] = judged
+    order = by if by in gains else _default_order(gains, workload.reward) if by is None else None
+    ranking = compare(gains[order], speaks(gains[order], over)) if order else None
+    standings = {s.algorithm: s for s in ranking.standings} if ranking else {}
+    rows = [_row(g, values[g.label], gains, over, standings.get(g.label), target) for g in groups]
+    places = {label: k for k, label in enumerate(standings)}
+    return Table(
+        workload=workload,
+        split=split,
+        rows=tuple(sorted(rows, key=lambda row: (places.get(row.label, len(places)), row.label))),
+        metrics=(*metrics, *([HELD_OUT] if judged is not None else [])),
+        trained=_trained(workload.reward),
+        by=order,
+        over=over,
+        gains=gains,
+        ranking=ranking,
+        smallest=_smallest(gains[order], speaks(gains[order], over)) if order else None,
+        target=target,
+        warnings=tuple(mixtures(r for g in groups for r in g.finished)),
+    )
 
 
-def cells(row: Row, metrics: Sequence[str]) -> list[str]:
-    """A row as text; metrics that were trained on are marked with *."""
-    values, trained_on = [], trained_metrics(row.reward)
-    for metric in metrics:
-        cell = row.gains.get(metric)
-        if metric in row.retained:
-            values.append(f"x {row.retained[metric].text(signed=False)}")
-        else:
-            values.append((cell.text() + ("*" if plain_metric(metric) in trained_on else "")) if cell else "")
-    return [row.model, row.reward, row.algorithm, str(row.seeds), str(row.images), *values, f"{row.seconds:.0f}"]
+def _row(
+    one: Group,
+    values: Values,
+    gains: Mapping[str, Gains],
+    over: Over,
+    standing: Standing | None,
+    target: Target | None,
+) -> Row:
+    label, done = one.label, one.finished
+    mine = {m: g for m, g in gains.items() if np.isfinite(g.values[g.algorithms.index(label)]).any()}
+    spent = [(r.budget.seconds, r.budget.function_evaluations, r.budget.reward_calls) for r in done]
+    seconds, evaluations, calls = np.mean(spent, axis=0) if spent else (math.nan, math.nan, math.nan)
+    units: tuple[Unit, ...] = ("images", "seconds")
+    return Row(
+        group=one,
+        family=family_of(one.algorithm),
+        gains={m: mean_gain(g, label, speaks(g, over)) for m, g in mine.items()},
+        retained={m: retained(values, m, over, len(one.failed)) for m in values.whole if plain_metric(m) == DIVERSITY},
+        broken=values.broken,
+        standing=standing,
+        images=round(np.mean([r.budget.images for r in one.records])),
+        seconds=float(seconds),
+        evaluations=float(evaluations),
+        reward_calls=float(calls),
+        to_target={unit: found for unit in units if target and (found := cost(one, target, unit))},
+    )
 
 
-def headings(metrics: Sequence[str]) -> list[str]:
-    """Column headings that go with `cells`."""
-    return ["model", "reward", "algorithm", "seeds", "images", *metrics, "seconds"]
+def over_seeds(numbers: Sequence[float]) -> Interval:
+    """The mean of one value per seed, with Student's t interval over seeds; none for a single seed."""
+    return interval(mean_squares(np.array(numbers, dtype=np.float64)[:, None]), THESE, LEVEL)
 
 
-def to_markdown(table: Sequence[Row]) -> str:
-    """A Markdown table with a legend."""
-    metrics = columns(table)
-    legend = LEGEND + (f" {UNGUIDED_LEGEND}" if any(m.endswith(UNGUIDED) for m in metrics) else "")
-    return f"{markdown_table(headings(metrics), [cells(row, metrics) for row in table])}\n\n{legend}\n"
+def _smallest(gains: Gains, over: Over) -> float | None:
+    """The smallest difference of two methods that a table like this one shows; None with a single seed or method."""
+    finished = [a for a in gains.algorithms if np.isfinite(gains.paired(a, a)).any()]
+    pairs = [gains.paired(a, b) for a, b in combinations(finished, 2)]
+    squares = [mean_squares(a - b) for a, b in pairs if a.shape[0] > 1]
+    if not squares:
+        return None
+    prompts = gains.values.shape[2]
+    seeds = round(float(np.median([ms.seeds for ms in squares])))
+    by_seed = float(np.mean([ms.by_seed for ms in squares]))
+    if prompts == 1:
+        return _finite(smallest_difference(Components(0, math.sqrt(by_seed), 0), seeds, 1, over, methods=len(finished)))
+    residual, by_prompt = (float(np.mean([getattr(ms, name) for ms in squares])) for name in ("residual", "by_prompt"))
+    between_prompts, between_seeds = max(by_prompt - residual, 0) / seeds, max(by_seed - residual, 0) / prompts
+    found = Components(math.sqrt(between_prompts), math.sqrt(between_seeds), math.sqrt(residual))
+    return _finite(smallest_difference(found, seeds, prompts, over, methods=len(finished)))
 
 
-def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells below their titles."""
-    everything = [titles, ["---"] * len(titles), *lines]
-    return "\n".join("| " + " | ".join(value.replace("|", "\\|") for value in line) + " |" for line in everything)
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-LEGEND = (
-    "Differences tuned minus base on the same prompts and noise, with 95 % bootstrap intervals over seeds; "
-    "\\* the reward trained on; diversity as a share of the base model's; seconds of training."
-)
-
-UNGUIDED_LEGEND = f"{UNGUIDED}: sampled without guidance; the others at the model's own scale."
-
-CSV_COLUMNS = (
-    *("model", "reward", "algorithm", "config_hash", "protocol_hash", "seeds", "images"),
-    *("metric", "gain", "low", "high", "seconds"),
-)
+def _trained(reward: str) -> frozenset[str]:
+    """Metrics that a run on this reward trains on; a name that cannot be read, of a foreign record, is itself."""
+    try:
+        return trained_metrics(reward) | {EXACT}
+    except UsageError:
+        return frozenset({reward})
 
 
-def to_csv(table: Sequence[Row]) -> str:
-    """One line per row and metric, numbers unrounded."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in table:
-        run = [row.model, row.reward, row.algorithm, row.config_hash, row.protocol, row.seeds, row.images]
-        for metric, cell in row.gains.items():
-            low, high = cell.ci95 or ("", "")
-            writer.writerow([*run, metric, cell.mean, low, high, row.seconds])
-    return buffer.getvalue()
+def _default_order(gains: Mapping[str, Gains], reward: str) -> str | None:
+    return next((m for m in (TRUTH, EXACT, *sorted(_trained(reward))) if m in gains), None)
+
+
+def _ordered(metrics: Iterable[str], reward: str) -> tuple[str, ...]:
+    """Those trained on first, then the judges, truth, diversity and divergence."""
+    trained, places = _trained(reward), {name: k for k, name in enumerate(LAST)}
+
+    def place(metric: str) -> tuple[int, int, str]:
+        name = plain_metric(metric)
+        return (places.get(name, -1) + 1, name not in trained, metric)
+
+    return tuple(sorted(metrics, key=place))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowbench.evaluation.directions import Estimate
+from flowbench.reporting import style
+from flowbench.reporting.documents import markdown_table
+from flowbench.reporting.escape import plain
 
 if TYPE_CHECKING:
-    from flowbench.experiments.probe import Probed, ProbeReport
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-os.environ.setdefault("MPLBACKEND", "Agg")
+    from flowbench.experiments.probe import Probed, ProbeReport
 
 HEADINGS = ("algorithm", "tuned", "images", "projection", "per 1000 images", "cosine", "bias", "noise", "drift")
 
@@ -56,40 +59,40 @@ def legend(report: ProbeReport) -> str:
 
 def to_markdown(report: ProbeReport) -> str:
     """The table and its legend."""
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *map(cells, report.rows)]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{table}\n{legend(report)}\n"
+    return f"{markdown_table(HEADINGS, [cells(row) for row in report.rows])}\n\n{legend(report)}\n"
 
 
 def picture(path: Path, report: ProbeReport) -> None:
     """Three panels with a line per algorithm: projection, cosine, and drift; with their intervals."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in report.rows if row.worth][::-1]
-    figure = Figure(figsize=(11.0, 1.4 + 0.3 * len(rows)), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
     titles = (
         "projection of one batch",
-        "cosine of the mean update and the true gradient",
-        "share of the update that is drift",
+        "cosine of mean update\nand true gradient",
+        "share of the update\nthat is drift",
     )
-    for axis, title, name in zip(axes, titles, ("projection", "cosine", "drift"), strict=True):
-        _panel(axis, [getattr(row.worth, name) for row in rows])
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=0.3)
-    axes[0].set_yticks(range(len(rows)), [row.algorithm for row in rows])
-    axes[1].set_xlim(-1.05, 1.05)
-    axes[2].set_xlim(-0.05, 1.05)
-    figure.suptitle(f"{report.model}, reward {report.reward}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+
+    def build(theme: style.Theme) -> Figure:
+        figure = style.figure(style.FULL, 1.6 + 0.24 * len(rows))
+        axes = figure.subplots(1, 3, sharey=True)
+        for axis, title, name in zip(axes, titles, ("projection", "cosine", "drift"), strict=True):
+            _panel(axis, theme, [(row.algorithm, getattr(row.worth, name)) for row in rows])
+            axis.set_title(title)
+        axes[0].set_yticks(range(len(rows)), [plain(row.algorithm) for row in rows])
+        axes[1].set_xlim(-1.05, 1.05)
+        axes[2].set_xlim(-0.05, 1.05)
+        figure.suptitle(plain(f"{report.model}, reward {report.reward}"))
+        style.caption(figure, "Lines: 95 % bootstrap intervals over batches and parts.")
+        return figure
+
+    style.save(path, build, alt=legend(report))
 
 
-def _panel(axis, estimates: Sequence[Estimate | None]) -> None:  # type: ignore[no-untyped-def]
-    axis.axvline(0, color="tab:gray", linewidth=0.8)
-    for place, estimate in enumerate(estimates):
+def _panel(axis: Axes, theme: style.Theme, estimates: Sequence[tuple[str, Estimate | None]]) -> None:
+    axis.axvline(0, color=theme.base, linewidth=0.8)
+    for place, (algorithm, estimate) in enumerate(estimates):
         if estimate is None or estimate.value is None:
             continue
+        look = style.mark(algorithm)
         if estimate.low is not None and estimate.high is not None:
-            axis.plot((estimate.low, estimate.high), (place, place), color="tab:blue", alpha=0.5)
-        axis.plot(estimate.value, place, "o", color="tab:blue")
+            axis.plot((estimate.low, estimate.high), (place, place), color=look.color)
+        axis.plot(estimate.value, place, look.marker, color=look.color)

@@ -155,53 +155,49 @@ def _settings(theme: Theme) -> Any:
     }
 
 
-def figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches; call it inside `applied`."""
+def figure(width: float, height: float, fitted: bool = True) -> Figure:
+    """An empty figure of a size in inches, fitted to its labels unless told; for builders of `save`."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained" if fitted else None)
 
 
 Build: TypeAlias = "Callable[[Theme], Figure]"
 
 
-def save(path: Path, build: Build, theme: Theme = LIGHT, *, transparent: bool = False, alt: str = "") -> Path:
+def save(
+    path: Path, build: Build, theme: Theme = LIGHT, *, transparent: bool = False, alt: str = "", also: str = ""
+) -> Path:
     """Draw one picture and write it in the format that the path's ending names (PNG if none); returns the path.
 
-    transparent: without the theme's ground, for pages that have their own. alt: what the picture says, in words; an SVG
-    carries it as its description.
+    transparent: without the theme's ground, for pages that have their own. alt: what the picture says, in words; a file
+    carries it as its description. also: the ending of a second format, beside the first one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with applied(theme):
         drawn = build(theme)
         _write(drawn, path, theme, transparent, alt)
+        if also:
+            drawn.set_layout_engine("none")  # it has its layout, which takes as long as drawing
+            _write(drawn, path.with_suffix(f".{also}"), theme, transparent, alt)
     return path
 
 
 def save_variants(stem: Path, build: Build, alt: str = "") -> list[Path]:
-    """A picture for pages and papers: STEM.svg, STEM.png, STEM-dark.svg and STEM-dark.png, on transparent ground."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    """A picture for pages and papers: STEM.png, STEM.svg, STEM-dark.png and STEM-dark.svg, on transparent ground."""
     written = []
-    for theme in (LIGHT, DARK):
-        ending = "" if theme is LIGHT else f"-{theme.name}"
-        with applied(theme):
-            drawn = build(theme)
-            for kind in ("svg", "png"):
-                path = stem.with_name(f"{stem.name}{ending}.{kind}")
-                _write(drawn, path, theme, True, alt)
-                written.append(path)
+    for theme, ending in ((LIGHT, ""), (DARK, "-dark")):
+        path = stem.with_name(f"{stem.name}{ending}.png")
+        save(path, build, theme, transparent=True, alt=alt, also="svg")
+        written += [path, path.with_suffix(".svg")]
     return written
 
 
 def _write(drawn: Figure, path: Path, theme: Theme, transparent: bool, alt: str) -> None:
     kind = path.suffix.lstrip(".").lower() or "png"
     described: dict[str, Any] = {"svg": {"Date": None, "Description": plain(alt)}, "png": {"Description": plain(alt)}}
-    drawn.savefig(
-        path,
-        format=kind,
-        facecolor="none" if transparent else theme.ground,
-        metadata=described.get(kind),
-    )
+    ground = "none" if transparent else theme.ground
+    drawn.savefig(path, format=kind, facecolor=ground, metadata=described.get(kind))
 
 
 def label_lines(axis: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
@@ -210,18 +206,26 @@ def label_lines(axis: Axes, ends: Mapping[str, tuple[float, float]], colors: Map
         if ends:
             axis.legend(loc="best", ncols=2)
         return
-    low, high = axis.get_ylim()
-    inches = axis.get_window_extent().height / axis.figure.dpi
-    gap = (high - low) * (TEXT + 2) / 72 / max(inches, 0.5)
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    gap = (high - low) * (TEXT + 2) / 72 / max(axis.get_window_extent().height / axis.figure.dpi, 0.5)
     placed = spaced([y for _, y in ends.values()], gap)
     for (name, (x, y)), at in zip(ends.items(), placed, strict=True):
+        moved = abs(at - y) > gap / 4
+        line = {
+            "arrowstyle": "-",
+            "color": colors[name],
+            "linewidth": 0.6,
+            "relpos": (0, 0.5),
+            "shrinkA": 0,
+            "shrinkB": 2,
+        }
         axis.annotate(
-            f" {plain(name)}",
+            plain(name),
             (x, y),
-            xytext=(x, at),
+            xytext=(x + (right - left) * (0.05 if moved else 0.02), at),
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2},
+            arrowprops=line if moved else None,
         )
 
 

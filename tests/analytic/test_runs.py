@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Callable
@@ -66,7 +68,8 @@ def test_a_run_can_be_evaluated_sampled_and_listed(
     assert (tmp_path / "points.png").stat().st_size > 0
     capsys.readouterr()
     assert flowbench_main("leaderboard", tmp_path, "--format", "csv") == 0
-    assert {line.split(",")[7] for line in capsys.readouterr().out.splitlines()[1:]} >= {"reward", "kl", "linear"}
+    metrics = {line["metric"] for line in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert metrics >= {"reward", "kl", "linear"}
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 2000
 
 
 def mean_ci95(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of values (n,); (mean, mean) when all are equal."""
+    from scipy import stats
+
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())

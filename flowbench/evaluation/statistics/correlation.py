@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ def rank_correlation(
 
 
 def _correlation(judge: np.ndarray, truth: np.ndarray, kind: str) -> float:
+    from scipy import stats
+
     if len(judge) < 2 or np.ptp(judge) == 0 or np.ptp(truth) == 0:
         return math.nan
     return float((stats.kendalltau if kind == "kendall" else stats.spearmanr)(judge, truth).statistic)
@@ -64,5 +66,5 @@ def _jackknife(value: float, without: np.ndarray, level: float) -> tuple[float, 
     n, edge = len(without), 1 - 1e-12  # Fisher's scale has no end for a perfect correlation
     centre, each = np.arctanh(np.clip(value, -edge, edge)), np.arctanh(np.clip(without, -edge, edge))
     error = math.sqrt((n - 1) / n * ((each - each.mean()) ** 2).sum())
-    half = stats.t.ppf((1 + level) / 2, n - 1) * error
+    half = special.stdtrit(n - 1, (1 + level) / 2) * error
     return float(np.tanh(centre - half)), float(np.tanh(centre + half))

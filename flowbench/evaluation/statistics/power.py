@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import special
 
 from flowbench.evaluation.statistics.crossed import LIKE, THESE, Components, Over
 from flowbench.evaluation.statistics.ranking import prior_df
@@ -35,19 +36,27 @@ def smallest_difference(
     error, df = _expected(components, seeds, prompts, over, methods)
     if error == 0:
         return 0.0
-    critical = stats.t.ppf(1 - (1 - level) / (methods * (methods - 1)), df)
+    critical = float(special.stdtrit(df, 1 - (1 - level) / (methods * (methods - 1))))
 
     def lacking(shift: float) -> float:
         # scipy gives nan where the far tail is too small for it.
-        far = np.nan_to_num(stats.nct.cdf(-critical, df, shift))
-        return float(stats.nct.sf(critical, df, shift) + far) - power
+        far = np.nan_to_num(special.nctdtr(df, shift, -critical))
+        return float(1 - special.nctdtr(df, shift, critical) + far) - power
 
     if lacking(0.0) >= 0:
         return 0.0
     end = critical + 1.0
     while lacking(end) < 0:
         end *= 2
-    return error * float(optimize.brentq(lacking, 0.0, end, xtol=1e-9))
+    return error * _root(lacking, 0.0, end)
+
+
+def _root(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that rises from below 0 crosses it; by halves, since scipy.optimize takes long to import."""
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
 def _expected(components: Components, seeds: int, prompts: int, over: Over, methods: int) -> tuple[float, float]:
