@@ -9,43 +9,38 @@ from flowbench.evaluation.statistics import LIKE, Over
 from flowbench.record import RANDOM, Record
 from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import HEX
-from flowbench.reporting.leaderboard import Board, Table, board
+from flowbench.reporting.leaderboard import Board, board
 from flowbench.reporting.page import about, curves, data, verdict
-from flowbench.reporting.page.tables import names_of, workload
+from flowbench.reporting.page.naming import names_of, short_names
+from flowbench.reporting.page.tables import workload
 from flowbench.reporting.words import notes, titles
 
 TOLD = ("python", "torch", "diffusers")  # packages whose versions the page names
 
 
+def tables(records: Sequence[Record], split: str = "test", over: Over = LIKE) -> Board:
+    """The tables of the page: those of a leaderboard, without runs of searches; no table where there is no record.
+
+    Raises UsageError as `flowbench.reporting.leaderboard.board`.
+    """
+    shown = [r for r in records if r.ruleset != about.SEARCH and not r.model.endswith(RANDOM)]
+    return board(shown, split, over) if shown else Board(())
+
+
 def page_data(
-    records: Sequence[Record],
-    split: str = "test",
-    over: Over = LIKE,
+    result: Board,
+    records: Sequence[Record] = (),
     targets: Mapping[str, tuple[str, float]] | None = None,
     spaces: Mapping[str, Mapping[str, str]] | None = None,
     walls: Sequence[data.Wall] = (),
 ) -> data.PageData:
-    """What the page says of some records.
+    """What the page says of some tables.
 
-    split: of the tables; over: what intervals speak of; targets: by a workload's name its target's metric and gain on
-    `dev`; spaces: search spaces, as `about.spaces` finds them; walls: images, as `samples.walls` finds them. Runs of
-    searches are trials of a method and stand in no table. No record at all makes a page that says so.
-    Raises UsageError as `flowbench.reporting.leaderboard.board`.
+    records: those that the tables were made from and those of searches, which are trials of a method; targets: by a
+    workload's name its target's metric and gain on `dev`; spaces: search spaces, as `about.spaces` finds them; walls:
+    images, as `samples.walls` finds them.
     """
-    records = [r for r in records if not r.model.endswith(RANDOM)]
-    shown = [r for r in records if r.ruleset != about.SEARCH]
-    result = board(shown, split, over) if shown else Board(())
-    return from_board(result, records, targets or {}, spaces or {}, walls)
-
-
-def from_board(
-    result: Board,
-    records: Sequence[Record],
-    targets: Mapping[str, tuple[str, float]],
-    spaces: Mapping[str, Mapping[str, str]],
-    walls: Sequence[data.Wall] = (),
-) -> data.PageData:
-    """As `page_data`, where the tables are there already."""
+    targets, spaces = targets or {}, spaces or {}
     short = short_names(result)
     workloads = tuple(
         workload(table, k, title, targets.get(table.workload.name))
@@ -58,7 +53,7 @@ def from_board(
     return data.PageData(
         verdict=tuple(verdict.overall(result.tables, short, [names_of(table) for table in result.tables])),
         facts=_facts(result, records),
-        warnings=tuple(notes(result)),
+        warnings=tuple(_warnings(result, short)),
         overview=_overview(workloads, profile),
         ordered_by=_ordered_by(profile, workloads),
         methods=about.methods(algorithms, records, spaces),
@@ -68,36 +63,33 @@ def from_board(
     )
 
 
-def short_names(result: Board) -> list[str]:
-    """What each workload is called in a sentence and above a column; unique."""
-    names = [_short(table) for table in result.tables]
-    longer = [
-        f"{name}, {table.workload.images:,} images" if names.count(name) > 1 else name
-        for name, table in zip(names, result.tables, strict=True)
-    ]
-    return [f"{name} ({k + 1})" if longer.count(name) > 1 else name for k, name in enumerate(longer)]
-
-
-def _short(table: Table) -> str:
-    w = table.workload
-    name = w.name or f"{w.model} / {w.reward}"
-    return plain(f"{name}, {w.ruleset}" if w.ruleset and w.ruleset != "defaults" else name)
+def _warnings(result: Board, short: Sequence[str]) -> list[str]:
+    """What a reader should know before any number."""
+    lines = notes(result)
+    mixed = [name for table, name in zip(result.tables, short, strict=True) if table.warnings]
+    if mixed:
+        lines.append(
+            f"Careful: runs of different commits, devices or versions stand beside each other on {', '.join(mixed)}."
+        )
+    if result.tables and not any(table.workload.ruleset for table in result.tables):
+        lines.append(
+            "These runs were made under no ruleset: settings and searches may differ in effort between methods."
+        )
+    return lines
 
 
 def _overview(workloads: Sequence[data.Workload], profile: data.Profile | None) -> tuple[data.Standing, ...]:
-    """All labels: by the area of their profile, else by the mean place that all pairs admit."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+    """All labels: by the area of their profile, then by their mean place."""
+    rows: dict[str, list[int]] = {}
     methods: dict[str, str] = {}
     for w in workloads:
         for place, row in enumerate(w.rows):
-            best, worst = row.rank or (len(w.rows), len(w.rows))
-            rows.setdefault(row.label, []).append(((best + worst) / 2, place))
+            rows.setdefault(row.label, []).append(place)
             methods[row.label] = row.method
     area = {c.label: c.area for c in profile.curves} if profile else {}
 
-    def order(label: str) -> tuple[float, float, float, str]:
-        ranks, places = (sum(column) / len(rows[label]) for column in zip(*rows[label], strict=True))
-        return (-area.get(label, 0.0), ranks, places, label)
+    def order(label: str) -> tuple[float, float, str]:
+        return (-area.get(label, 0.0), sum(rows[label]) / len(rows[label]), label)
 
     return tuple(
         data.Standing(label=label, method=methods[label], area=area.get(label)) for label in sorted(rows, key=order)
@@ -107,7 +99,7 @@ def _overview(workloads: Sequence[data.Workload], profile: data.Profile | None) 
 def _ordered_by(profile: data.Profile | None, workloads: Sequence[data.Workload]) -> str:
     if profile:
         return "the area of the performance profile: how soon the target is reached, over all workloads with one"
-    return "the mean of the ranks that all pairs admit" if len(workloads) > 1 else "rank"
+    return "the mean place over workloads" if len(workloads) > 1 else "gain"
 
 
 def _facts(result: Board, records: Sequence[Record]) -> data.Facts:

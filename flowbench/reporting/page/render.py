@@ -91,8 +91,7 @@ def _facts(page: PageData) -> Iterator[tuple[str, str]]:
         yield "Seeds a method", f"{f.seeds[0]}" if f.seeds[0] == f.seeds[1] else f"{f.seeds[0]} to {f.seeds[1]}"
     yield "Runs", f"{f.runs:,}" + (f", {f.failed} failed" if f.failed else "")
     yield "Search trials", f"{f.trials:,}" if f.trials else "none among these records"
-    if f.rulesets:
-        yield "Ruleset", ", ".join(f.rulesets)
+    yield "Ruleset", ", ".join(f.rulesets) or "none"
     yield ("Commit", "Commits")[len(f.commits) > 1], _some(f.commits)
     yield ("Device", "Devices")[len(f.devices) > 1], _some(f.devices) or "unknown"
     if f.versions:

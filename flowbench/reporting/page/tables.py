@@ -16,6 +16,7 @@ from flowbench.record import Record
 from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import EXACT, HELD_OUT, TRUTH, Row, Table
 from flowbench.reporting.page import curves, data, verdict
+from flowbench.reporting.page.naming import names_of
 from flowbench.reporting.page.numbers import number, rounded
 from flowbench.reporting.targets import DIVERSITY
 from flowbench.reporting.values import speaks
@@ -30,15 +31,6 @@ COSTS = {
     "evaluations": ("evaluations", "velocities of one latent, in training"),
     "calls": ("reward calls", "in training"),
 }
-
-
-def names_of(table: Table) -> dict[str, str]:
-    """Each row's label as the page shows it: printable, and still unique."""
-    shown: dict[str, str] = {}
-    for row in table.rows:
-        name = plain(row.label)
-        shown[row.label] = name if name not in shown.values() else f"{name} #{len(shown)}"
-    return shown
 
 
 def workload(table: Table, place: int, title: str, fixed: tuple[str, float] | None) -> data.Workload:
@@ -82,7 +74,10 @@ def roles_of(table: Table) -> data.Roles:
     plainly = {plain_metric(m): m for m in reversed(table.metrics) if not m.endswith(UNGUIDED)}
     truth = plainly.get(TRUTH)
     trained = [m for m in table.metrics if plain_metric(m) in table.trained and not m.endswith(UNGUIDED)]
-    reward = EXACT if EXACT in plainly else next((m for m in trained if m != truth), truth if trained else None)
+    if truth in trained:
+        reward = truth
+    else:
+        reward = EXACT if EXACT in plainly else next(iter(trained), None)
     distance = next((plainly[d] for d in DISTANCES if d in plainly), None)
     return data.Roles(reward=reward, truth=truth, diversity=plainly.get(DIVERSITY), distance=distance)
 

@@ -98,17 +98,17 @@ def _alone(table: Table, at: Place, names: Mapping[str, str], by: str) -> list[s
 def _shared(table: Table, at: Place, names: Mapping[str, str], by: str) -> list[str]:
     at_seeds = f"by {by} at {seeds_of(table)}"
     if not at.rest:
-        return [f"No method is separable from the others {at_seeds} (5 %, all pairs, corrected)."]
+        return [f"No method is separable from the others {at_seeds} (5 %, all pairs, corrected)."]
     first, alone = listed(at.first, names), len(at.first) == 1
     lead = f"{first} alone has the first place {at_seeds}" if alone else f"{first} share the first place {at_seeds}"
     said = [f"{lead}." if alone else f"{lead}: no difference between them can be told."]
     others = names[at.rest[0]] if len(at.rest) == 1 else f"the other {count(len(at.rest))}"
     if at.beaten:
         who = "It beats" if alone else "Both beat" if len(at.first) == 2 else "All of them beat"
-        said.append(f"{who} {others} (5 %, all pairs, corrected).")
+        said.append(f"{who} {others} (5 %, all pairs, corrected).")
     else:
         each = others if len(at.rest) == 1 else f"Each of {others}"
-        said.append(f"{each} is behind at least one method (5 %, all pairs, corrected).")
+        said.append(f"{each} is behind at least one method (5 %, all pairs, corrected).")
     return said
 
 
@@ -124,30 +124,38 @@ def overall(tables: Sequence[Table], short: Sequence[str], names: Sequence[Mappi
         return ["Nothing can be told apart yet: no workload has two methods with two finished runs each."]
     everywhere = [label for label in places[decided[0]].first if all(label in places[k].first for k in decided)]
     all_equal = all(not places[k].rest for k in decided)
+    rest = [_undecided(short[k]) for k, at in enumerate(places) if not at.decided]
+    if len(decided) == 1:
+        (only,) = decided
+        return [
+            f"{short[only]}: {said}" if k == 0 else said
+            for k, said in enumerate(of_workload(tables[only], names[only]))
+        ] + rest
     said = []
-    on = f"on all {count(len(decided))} workloads" if len(decided) > 1 else f"on {short[decided[0]]}"
+    on = "on both workloads" if len(decided) == 2 else f"on all {count(len(decided))} workloads"
     shown = names[decided[0]]
     if all_equal:
-        said.append(f"No method is separable from the others {on} (5 % a workload, all pairs, corrected).")
+        said.append(f"No method is separable from the others {on} (5 % a workload, all pairs, corrected).")
     elif len(everywhere) == 1:
-        said.append(f"{shown[everywhere[0]]} is the only method in the first place {on}, alone or shared.")
+        said.append(f"{shown[everywhere[0]]} is the only method that is in the first place {on}, alone or shared.")
     elif everywhere:
         said.append(f"{listed(everywhere, shown)} are in the first place {on}, shared where no difference can be told.")
     else:
         said.append(f"No method is in the first place {on}.")
     if not all_equal:
         said += [_line(places[k], short[k], names[k]) for k in decided]
-    for k, at in enumerate(places):
-        if not at.decided:
-            said.append(f"{short[k]}: nothing can be told yet, for want of two methods with two finished runs.")
-    return said
+    return said + rest
+
+
+def _undecided(short: str) -> str:
+    return f"{short}: nothing can be told yet, for want of two methods with two finished runs each."
 
 
 def _line(at: Place, short: str, names: Mapping[str, str]) -> str:
     if not at.rest:
         return f"{short}: no method is separable from the others."
-    rest = "one other is" if len(at.rest) == 1 else f"the other {count(len(at.rest))} are"
-    return f"{short}: first {listed(at.first, names)}; {rest} behind (5 %, all pairs, corrected)."
+    rest = names[at.rest[0]] + " is" if len(at.rest) == 1 else f"each of the other {count(len(at.rest))} is"
+    return f"{short}: first {listed(at.first, names)}; {rest} behind at least one method (5 %, all pairs, corrected)."
 
 
 def seeds_of(table: Table) -> str:

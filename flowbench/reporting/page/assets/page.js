@@ -17,7 +17,7 @@ function workload(w) {
   const visible = () => w.rows.filter((row) => results.shown(row) && !state.hidden.has(row.label));
   const legend = legendOf(w, results, state, refresh, drawn);
   const group = (title, note, extra, ...specs) => {
-    const made = specs.map(figure);
+    const made = specs.map((spec) => figure(spec));
     drawn.push(...made);
     return h("section", {}, h("h3", {}, title), note ? h("p", { class: "note" }, note) : null, extra, h("div", { class: "figures" }, made));
   };
@@ -61,7 +61,6 @@ function axisSwitch(w, state, changed) {
 }
 const columnOf = (w, metric) => w.columns.find((c) => c.key === metric) ?? { heading: metric, kind: "gain" };
 const axisTitle = (w, metric) => columnOf(w, metric).kind === "share" ? `${metric}, share of the base model's` : `${metric}, tuned minus base`;
-const nothing = (w) => ({ title: "", caption: "", alt: "", head: [], rows: () => [], file: w.id });
 
 function curveOf(w, visible, state, metric) {
   return () => {
@@ -114,11 +113,14 @@ function judgesOf(w) {
 
 function profileFigure() {
   const p = data.profile, of = Object.fromEntries(data.overview.map((one) => [one.label, methods[one.method]]));
-  const series = p.curves.map((c) => ({ label: c.label, method: of[c.label], points: c.shares.map((y, k) => ({ x: p.factors[k], y, start: true })) }));
-  return figure(() => ({ title: "Performance profile", file: "profile", alt: "For each factor the share of workloads on which a method needs at most that many times the images of the cheapest one.",
+  const series = p.curves.map((c) => ({ label: c.label, method: of[c.label], steps: true, points: c.shares.map((y, k) => ({ x: p.factors[k], y, start: true })) }));
+  const node = figure(() => ({ title: "Performance profile", file: "profile", alt: "For each factor the share of workloads on which a method needs at most that many times the images of the cheapest one.",
     caption: `Share of workloads on which a method reaches the target with at most so many times the images of the cheapest one; ${p.workloads.join(", ")}. A workload without runs counts as never reached.`,
     draw: linesPlot(series, { title: "factor of the cheapest method's images", kind: "share", include: [1], pad: 0 }, { title: "share of workloads", kind: "share" }, null),
-    head: ["method", "area"], rows: () => p.curves.map((c) => [c.label, c.area.toFixed(3)]) }));
+    head: ["method", "area"], rows: () => p.curves.map((c) => [c.label, c.area.toFixed(3)]) }), "h3");
+  node.querySelector(".picture").after(h("div", { class: "chips" }, data.overview.filter((one) => one.area !== null).map((one) => h("span", {
+    class: "chip plain", onmouseenter: () => node.highlight(one.label), onmouseleave: () => node.highlight(null) }, legendLine(of[one.label]), one.label))));
+  return node;
 }
 function pairs() {
   const there = data.workloads.filter((w) => w.pairs.length), place = h("div", {});
@@ -138,7 +140,7 @@ function methodBody(method, rows) {
   const scroll = (label, table) => h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, table);
   return h("div", { class: "body" }, method.summary ? h("p", {}, method.summary) : null,
     links.length ? h("p", {}, links.map(([text, url], k) => [k ? " · " : "", h("a", { href: url, rel: "noreferrer" }, text)])) : null,
-    h("h4", {}, "Search"), searchOf(method, scroll), rows.map(({ w, row }) => runsOf(w, row, scroll)));
+    h("h3", {}, "Search"), searchOf(method, scroll), rows.map(({ w, row }) => runsOf(w, row, scroll)));
 }
 function searchOf(method, scroll) {
   const space = Object.entries(method.space), parts = [];
@@ -154,7 +156,7 @@ function runsOf(w, row, scroll) {
   const head = ["seed", "state", ...metrics, "seconds", "commit", "command"];
   const lines = row.runs.map((run) => [`${run.seed}`, run.failure ? `failed: ${run.failure}` : run.status,
     ...metrics.map((m) => (m in run.gains ? spelled(run.gains[m], "gain", 3) : "–")), grouped(run.seconds), run.commit ? run.commit.slice(0, 7) : "unknown", h("code", {}, run.command)]);
-  return h("section", {}, h("h4", {}, `On ${w.name}${row.label === row.method ? "" : `: ${row.label}`}`),
+  return h("section", {}, h("h3", {}, `On ${w.name}${row.label === row.method ? "" : `: ${row.label}`}`),
     scroll("runs", simpleTable("Runs: tuned minus base by seed", head, lines)),
     h("details", { class: "numbers" }, h("summary", {}, "Settings"), scroll("settings", simpleTable("Settings", ["setting", "value"], Object.entries(row.settings)))));
 }

@@ -6,6 +6,7 @@ const INK = "var(--ink)", MUTED = "var(--muted)", GRID = "var(--grid)", GROUND =
 // What the page's colours are on paper.
 const PAPER = { "--ink": "#1a1a1a", "--muted": "#595959", "--grid": "#dddddd", "--ground": "#ffffff" };
 const FULL = 672, TEXT = 12; // 7 inches and 9 points, in pixels of 1/96 inch
+const HALO = { stroke: GROUND, "stroke-width": 3, "paint-order": "stroke", "stroke-linejoin": "round" };
 const DIRECT = 6; // lines that are named at their end
 
 function build(node, attributes, children) {
@@ -23,21 +24,31 @@ const s = (tag, attributes, ...children) => build(document.createElementNS(SVG, 
 // ---- numbers
 
 const minus = (text) => text.replace("-", "−");
-const grouped = (value) => minus(Math.round(value).toLocaleString("en-US"));
+const grouped = (value) => minus((Math.round(value) || 0).toLocaleString("en-US"));
 
-function decimals(values) {
-  const top = Math.max(...values.map(Math.abs), 0);
-  return top >= 100 ? 0 : top >= 10 ? 1 : top >= 1 ? 2 : top >= 0.02 ? 3 : 4;
+// Decimals for a column: by its size, and so that half an interval has two digits; never more than four.
+function decimals(values, halves = []) {
+  const top = Math.max(...values.map(Math.abs), 0), usual = top >= 100 ? 0 : top >= 10 ? 1 : top >= 1 ? 2 : top >= 0.02 ? 3 : 4;
+  const half = halves.filter((h) => h > 0).sort((a, b) => a - b)[Math.floor(halves.length / 2)];
+  return half ? Math.min(4, Math.max(usual, Math.ceil(-Math.log10(half)) + 1)) : usual;
 }
+const halfOf = (number) => (number.low === null ? 0 : (number.high - number.low) / 2);
 function spelled(value, kind, places) {
   if (kind === "cost") return grouped(value);
-  const text = minus(value.toFixed(places));
+  const text = minus(value.toFixed(places)), zero = /^−?0(\.0*)?$/.test(text);
+  if (zero) return text.replace("−", "");
   return kind === "gain" && value > 0 ? "+" + text : text;
 }
 function withInterval(number, kind, places) {
   const text = spelled(number.value, kind, places);
   if (number.low === null) return text;
   return `${text} [${spelled(number.low, kind, places)}, ${spelled(number.high, kind, places)}]`;
+}
+// "0.081 ± 0.012" where the interval is symmetric, which those of means are; else both ends.
+function intervalText(number, kind, places) {
+  const [below, above] = [number.value - number.low, number.high - number.value];
+  if (Math.abs(below - above) <= 2 * 10 ** -places) return ` ± ${((below + above) / 2).toFixed(places)}`;
+  return ` [${spelled(number.low, kind, places)}, ${spelled(number.high, kind, places)}]`;
 }
 function ticks(low, high, about) {
   const raw = (high - low) / Math.max(about, 1), power = 10 ** Math.floor(Math.log10(raw));
@@ -97,7 +108,7 @@ function frame(width, height, x, y, right) {
   const ty = ticks(y.domain[0], y.domain[1], height / 48);
   const yText = ty.at.map((v) => spelled(v, y.kind, ty.places));
   const left = 10 + 6.6 * Math.max(...yText.map((t) => t.length), 2);
-  const box = { left, right: width - right, top: 30, bottom: height - 42 };
+  const box = { left, right: width - right, top: y.title ? 30 : 12, bottom: height - 42 };
   const tx = ticks(x.domain[0], x.domain[1], (box.right - box.left) / 75);
   const px = (v) => box.left + ((v - x.domain[0]) / (x.domain[1] - x.domain[0])) * (box.right - box.left);
   const py = (v) => box.bottom - ((v - y.domain[0]) / (y.domain[1] - y.domain[0])) * (box.bottom - box.top);
@@ -146,11 +157,18 @@ function linesPlot(series, x, y, base) {
       { ...x, domain: extent([...points.map((p) => p.x), ...x.include], x.pad) },
       { ...y, domain: extent([...ys, ...(base === null ? [] : [base])], 0.06) }, direct ? 14 + 6.6 * longest : 14);
     if (base !== null) f.root.append(s("line", { x1: f.box.left, x2: f.box.right, y1: f.py(base), y2: f.py(base), stroke: MUTED,
-      "stroke-dasharray": "2 3" }), label(f.box.left + 4, f.py(base) - 4, "base model", { fill: MUTED, "font-size": 11 }));
+      "stroke-dasharray": "2 3" }));
     const ends = spaced(series.map((one) => f.py(one.points.at(-1).y)), 14, f.box.top, f.box.bottom);
     series.forEach((one, k) => f.root.append(line(f, one, direct ? ends[k] : null)));
+    if (base !== null) f.root.append(baseLabel(f, series, base));
     return f.root;
   };
+}
+// The base model's name on its line, at the right where there is room, on the side that lines leave free.
+function baseLabel(f, series, base) {
+  const y = f.py(base), free = (at) => series.every((one) => one.points.every((p) => f.px(p.x) < f.box.right - 80 || Math.abs(f.py(p.y) - at + 4) > 9));
+  const at = [y - 5, y + 13].find((one) => one < f.box.bottom - 1 && free(one)) ?? (y + 13 < f.box.bottom ? y + 13 : y - 5);
+  return label(f.box.right - 2, at, "base model", { fill: MUTED, "font-size": 11, "text-anchor": "end", ...HALO });
 }
 function line(f, one, at) {
   const { method, points } = one, end = points.at(-1), group = s("g", { class: "series", "data-label": one.label });
@@ -161,7 +179,8 @@ function line(f, one, at) {
     const lower = banded.map((p) => `${f.px(p.x).toFixed(1)},${f.py(p.low).toFixed(1)}`).reverse();
     group.append(s("path", { d: `M${[...upper, ...lower].join("L")}Z`, fill: method.color, "fill-opacity": 0.12, class: "band" }));
   }
-  const path = points.map((p) => `${f.px(p.x).toFixed(1)},${f.py(p.y).toFixed(1)}`).join("L");
+  const places = points.map((p) => [f.px(p.x).toFixed(1), f.py(p.y).toFixed(1)]);
+  const path = places.map(([x, y], k) => (one.steps && k ? `H${x}V${y}` : `${k ? "L" : ""}${x},${y}`)).join("");
   group.append(s("path", { d: `M${path}`, fill: "none", stroke: method.color, "stroke-width": 1.8,
     "stroke-dasharray": dashes(method), "stroke-linejoin": "round" }));
   points.filter((p) => !p.start).forEach((p) => group.append(dot(method, f.px(p.x), f.py(p.y), 3.2, true)));
@@ -171,32 +190,41 @@ function line(f, one, at) {
   return group;
 }
 
-// points: [{label, method, x, y}] with numbers; start: where arrows begin; front: labels on the Pareto front.
-function arrowsPlot(points, x, y, start, front) {
+// points: [{label, method, x, y}] with numbers; origin: where arrows begin; front: labels on the Pareto front.
+function arrowsPlot(points, x, y, origin, front) {
   return (width) => {
     const spans = (key) => points.flatMap((p) => [p[key].value, p[key].low ?? p[key].value, p[key].high ?? p[key].value]);
     const f = frame(width, Math.min(Math.max(width * 0.7, 250), 360),
-      { ...x, domain: extent([...spans("x"), start[0]], 0.06) }, { ...y, domain: extent([...spans("y"), start[1]], 0.08) }, 24);
-    const [x0, y0] = [f.px(start[0]), f.py(start[1])];
+      { ...x, domain: extent([...spans("x"), origin[0]], 0.06) }, { ...y, domain: extent([...spans("y"), origin[1]], 0.08) }, 24);
+    const [x0, y0] = [f.px(origin[0]), f.py(origin[1])];
     const edge = points.filter((p) => front.includes(p.label)).sort((a, b) => a.x.value - b.x.value);
     if (edge.length > 1) f.root.append(s("path", { fill: "none", stroke: INK, "stroke-dasharray": "4 3", "stroke-opacity": 0.6,
       d: "M" + edge.map((p) => `${f.px(p.x.value).toFixed(1)},${f.py(p.y.value).toFixed(1)}`).join("L") }));
     for (const p of points) f.root.append(arrow(f, p, x0, y0));
-    f.root.append(s("circle", { cx: x0, cy: y0, r: 3.5, fill: MUTED }), nameBase(f, x0, y0));
-    const named = points.length <= DIRECT ? points : edge;
-    const at = spaced(named.map((p) => f.py(p.y.value) - 8), 13, f.box.top - 4, f.box.bottom - 4);
-    named.forEach((p, k) => {
-      const px = f.px(p.x.value), over = px > (f.box.left + f.box.right) / 2;
-      f.root.append(label(px + (over ? -7 : 7), at[k], shortened(p.label, 18),
-        { "text-anchor": over ? "end" : "start", stroke: GROUND, "stroke-width": 3, "paint-order": "stroke" }));
-    });
+    f.root.append(s("circle", { cx: x0, cy: y0, r: 3.5, fill: MUTED }));
+    const start = { label: "base model", x: { value: origin[0] }, y: { value: origin[1] }, base: true };
+    f.root.append(...placedLabels(f, [start, ...points], (p) => p.base || front.includes(p.label)));
     return f.root;
   };
 }
-function nameBase(f, x0, y0) {
-  const over = x0 > (f.box.left + f.box.right) / 2;
-  return label(x0 + (over ? -7 : 7), y0 + 14 > f.box.bottom ? y0 - 6 : y0 + 14, "base model", {
-    fill: MUTED, "font-size": 11, "text-anchor": over ? "end" : "start", stroke: GROUND, "stroke-width": 3, "paint-order": "stroke" });
+// Names beside their marks where they cover no other; those that must be shown come first.
+function placedLabels(f, points, first) {
+  const marks = points.map((p) => ({ x: f.px(p.x.value), y: f.py(p.y.value) })), taken = [], made = [];
+  const boxes = marks.map((m) => ({ l: m.x - 5, r: m.x + 5, t: m.y - 5, b: m.y + 5 }));
+  const meets = (a, b) => a.l < b.r && b.l < a.r && a.t < b.b && b.t < a.b;
+  const order = points.map((_, k) => k).sort((a, b) => first(points[b]) - first(points[a]));
+  for (const k of order) {
+    const text = shortened(points[k].label, 18), w = 6.4 * text.length, { x, y } = marks[k];
+    const spots = [[x + 8, y - 5], [x - 8 - w, y - 5], [x + 8, y + 14], [x - 8 - w, y + 14], [x - w / 2, y - 9], [x - w / 2, y + 18]];
+    const box = ([l, t]) => ({ l, r: l + w, t: t - 10, b: t + 3 });
+    const inside = (b) => b.l > f.box.left && b.r < f.box.right + 20 && b.t > f.box.top - 12 && b.b < f.box.bottom + 2;
+    const free = spots.find((at) => inside(box(at)) && [...taken, ...boxes.filter((_, j) => j !== k)].every((one) => !meets(box(at), one)));
+    if (!free && !first(points[k])) continue;
+    const [l, t] = free ?? spots.find((at) => inside(box(at))) ?? spots[0];
+    taken.push(box([l, t]));
+    made.push(label(l, t, text, { ...HALO, ...(points[k].base ? { fill: MUTED, "font-size": 11 } : {}) }));
+  }
+  return made;
 }
 function arrow(f, p, x0, y0) {
   const [px, py] = [f.px(p.x.value), f.py(p.y.value)], color = p.method.color;
@@ -250,8 +278,8 @@ function miniPlot(number, method, domain, shared) {
 
 let figures = 0;
 // spec(): {title, caption, alt, draw, head, rows, file}, computed anew at every refresh; null hides the figure.
-function figure(spec) {
-  const id = `figure-${++figures}`, picture = h("div", { class: "picture" }), title = h("h4", { id }), caption = h("p", { class: "caption" });
+function figure(spec, level = "h4") {
+  const id = `figure-${++figures}`, picture = h("div", { class: "picture" }), title = h(level, { id, class: "title" }), caption = h("p", { class: "caption" });
   const numbers = h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "the numbers of this figure" });
   const details = h("details", { class: "numbers", ontoggle: () => fill() }, h("summary", {}, "Numbers"), numbers);
   const save = h("button", { type: "button", class: "quiet", onclick: () => download(`${current.file}.svg`, asFile(), "image/svg+xml") }, "Save as SVG");

@@ -9,10 +9,13 @@ const named = (method, text) => h("span", { class: "named" }, glyph(method), h("
 function numberCell(number, kind, places) {
   if (!number) return h("span", { class: "none" }, "–");
   const interval = number.low === null ? null
-    : h("span", { class: "interval" }, ` [${spelled(number.low, kind, places)}, ${spelled(number.high, kind, places)}]`);
+    : h("span", { class: "interval" }, intervalText(number, kind, places));
   return h("span", { class: "number" }, h("b", {}, (kind === "share" ? "×" : "") + spelled(number.value, kind, places)), interval);
 }
-const placesOf = (rows, key) => decimals(rows.map((row) => row.values[key]).filter(Boolean).map((n) => n.value));
+function placesOf(rows, key) {
+  const found = rows.map((row) => row.values[key]).filter(Boolean);
+  return decimals(found.map((n) => n.value), found.map(halfOf));
+}
 
 // ---- overview
 
