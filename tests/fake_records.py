@@ -26,7 +26,7 @@ def fake_records(
     points: bool = True,
     **changed: Any,
 ) -> list[Record]:
-    """Records whose methods differ in how far they get; the last method over-optimises, one run in seven fails there."""
+    """Records whose methods differ in how far they get; the last of twelve over-optimises and fails now and then."""
     return [
         fake_record(method, seed, k, workload, prompts, points, **changed)
         for workload in workloads

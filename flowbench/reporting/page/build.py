@@ -12,7 +12,7 @@ from flowbench.reporting.groups import HEX
 from flowbench.reporting.leaderboard import Board, board
 from flowbench.reporting.page import about, curves, data, verdict
 from flowbench.reporting.page.naming import names_of, short_names
-from flowbench.reporting.page.tables import workload
+from flowbench.reporting.page.workloads import workload
 from flowbench.reporting.words import notes, titles
 
 TOLD = ("python", "torch", "diffusers")  # packages whose versions the page names

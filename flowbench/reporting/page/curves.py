@@ -45,10 +45,8 @@ def _point(there: Sequence[tuple[Record, Point]]) -> data.CurvePoint:
 def _score(record: Record, point: Point, metric: str) -> float | None:
     """Tuned minus base; a diversity as a share of the base model's. None where that is no finite number."""
     value, base = point.scores.get(metric, math.nan), record.dev_base.get(metric, math.nan)
-    if plain_metric(metric) == DIVERSITY:
-        result = value / base if base > 0 else math.nan
-    else:
-        result = value - base
+    share = plain_metric(metric) == DIVERSITY
+    result = value - base if not share else value / base if base > 0 else math.nan
     return result if math.isfinite(result) else None
 
 

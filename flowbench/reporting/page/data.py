@@ -99,9 +99,10 @@ class Row(_Part):
 
 
 class Pair(_Part):
-    """One row beside another, paired by seed and prompt. difference: one minus other; improvement: how often it is above.
+    """One row beside another, paired by seed and prompt.
 
-    p: Holm's correction for all pairs of the table; improvement is None where no seed is common.
+    difference: one minus other; improvement: how often one is above the other, None where no seed is common; p: Holm's
+    correction for all pairs of the table.
     """
 
     one: str
@@ -216,14 +217,17 @@ class Standing(_Part):
 
 
 class Tile(_Part):
-    """A prompt of the wall. passed: by strip, whether the truth accepts the image; empty where it is not known."""
+    """A prompt of the wall, and its category where it has one."""
 
     prompt: str
     category: str
 
 
 class Strip(_Part):
-    """The images of the base model (method None) or of a row, one for each tile, side by side in one picture."""
+    """The images of the base model (method None) or of a row, one for each tile, in one picture.
+
+    image: a data: address; passed: whether the truth accepts each image, empty where it is not known.
+    """
 
     label: str
     method: str | None
@@ -232,7 +236,10 @@ class Strip(_Part):
 
 
 class Wall(_Part):
-    """Images of one workload, all from the same noise. size: of a tile in the strips, in pixels; across: tiles a line."""
+    """Images of one workload, all from the same noise.
+
+    size: of a tile in the strips, in pixels; across: tiles in a line of a strip.
+    """
 
     workload: str
     seed: int

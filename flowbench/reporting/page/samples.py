@@ -1,7 +1,7 @@
 """The wall of samples, from the images that runs kept: the same prompts and noise of several methods side by side.
 
-A run with kept images has `images/<split>/<base|tuned>/<prompt>-<image>.png` in its folder, and images.csv with a column
-`file` and one for each score. The prompts are taken evenly from each category, in their order, never by their scores.
+A run with kept images has `images/<split>/<base|tuned>/<prompt>-<image>.png` in its folder, and images.csv with a
+column `file` and one for each score. The prompts are taken evenly from each category, in their order, never by scores.
 """
 
 from __future__ import annotations

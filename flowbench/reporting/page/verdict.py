@@ -76,9 +76,8 @@ def of_workload(table: Table, names: Mapping[str, str]) -> list[str]:
     if at.unfinished:
         said.append(f"No run of {listed(at.unfinished, names)} finished.")
     if at.decided and table.smallest is not None and math.isfinite(table.smallest):
-        said.append(
-            f"The smallest difference that {seeds_of(table)} can show here is {table.smallest:.2g} (with probability 0.8)."
-        )
+        smallest = f"The smallest difference that {seeds_of(table)} can show here is {table.smallest:.2g}"
+        said.append(f"{smallest} (with probability 0.8).")
     return said
 
 

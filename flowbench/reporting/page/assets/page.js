@@ -157,7 +157,7 @@ function runsOf(w, row, scroll) {
   const lines = row.runs.map((run) => [`${run.seed}`, run.failure ? `failed: ${run.failure}` : run.status,
     ...metrics.map((m) => (m in run.gains ? spelled(run.gains[m], "gain", 3) : "–")), grouped(run.seconds), run.commit ? run.commit.slice(0, 7) : "unknown", h("code", {}, run.command)]);
   return h("section", {}, h("h3", {}, `On ${w.name}${row.label === row.method ? "" : `: ${row.label}`}`),
-    scroll("runs", simpleTable("Runs: tuned minus base by seed", head, lines)),
+    h("p", { class: "note" }, "Tuned minus base, by seed."), scroll("runs", simpleTable("Runs: tuned minus base by seed", head, lines)),
     h("details", { class: "numbers" }, h("summary", {}, "Settings"), scroll("settings", simpleTable("Settings", ["setting", "value"], Object.entries(row.settings)))));
 }
 function files() {

@@ -15,7 +15,7 @@ function build(node, attributes, children) {
     else if (value === true) node.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
 }
 const h = (tag, attributes, ...children) => build(document.createElement(tag), attributes, children);
@@ -26,11 +26,11 @@ const s = (tag, attributes, ...children) => build(document.createElementNS(SVG, 
 const minus = (text) => text.replace("-", "−");
 const grouped = (value) => minus((Math.round(value) || 0).toLocaleString("en-US"));
 
-// Decimals for a column: by its size, and so that half an interval has two digits; never more than four.
+// Decimals for a column: by its size, and so that half an interval is seen; never more than four.
 function decimals(values, halves = []) {
   const top = Math.max(...values.map(Math.abs), 0), usual = top >= 100 ? 0 : top >= 10 ? 1 : top >= 1 ? 2 : top >= 0.02 ? 3 : 4;
   const half = halves.filter((h) => h > 0).sort((a, b) => a - b)[Math.floor(halves.length / 2)];
-  return half ? Math.min(4, Math.max(usual, Math.ceil(-Math.log10(half)) + 1)) : usual;
+  return half ? Math.min(4, Math.max(usual, Math.ceil(-Math.log10(half)))) : usual;
 }
 const halfOf = (number) => (number.low === null ? 0 : (number.high - number.low) / 2);
 function spelled(value, kind, places) {

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from flowbench.evaluation.statistics import Gains, Interval, probability_of_improvement, rank_correlation
-from flowbench.evaluation.statistics import interquartile_mean as middle
 from flowbench.evaluation.statistics import Pair as Compared
+from flowbench.evaluation.statistics import interquartile_mean as middle
 from flowbench.record import Record
 from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import EXACT, HELD_OUT, TRUTH, Row, Table
@@ -74,10 +74,8 @@ def roles_of(table: Table) -> data.Roles:
     plainly = {plain_metric(m): m for m in reversed(table.metrics) if not m.endswith(UNGUIDED)}
     truth = plainly.get(TRUTH)
     trained = [m for m in table.metrics if plain_metric(m) in table.trained and not m.endswith(UNGUIDED)]
-    if truth in trained:
-        reward = truth
-    else:
-        reward = EXACT if EXACT in plainly else next(iter(trained), None)
+    proxy = EXACT if EXACT in plainly else next(iter(trained), None)
+    reward = truth if truth in trained else proxy
     distance = next((plainly[d] for d in DISTANCES if d in plainly), None)
     return data.Roles(reward=reward, truth=truth, diversity=plainly.get(DIVERSITY), distance=distance)
 
@@ -205,7 +203,9 @@ def _pair(pair: Compared, table: Table, names: Mapping[str, str]) -> data.Pair:
 
 
 def _values(row: Row, metric: str | None) -> float | None:
-    found = row.retained.get(metric) or row.gains.get(metric) if metric else None
+    if metric is None:
+        return None
+    found = row.retained[metric] if metric in row.retained else row.gains.get(metric)
     return found.value if found is not None and math.isfinite(found.value) else None
 
 
