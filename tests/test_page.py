@@ -212,16 +212,15 @@ def test_the_data_lie_beside_the_page_if_asked(tmp_path: Path):
 def keep_images(folder: Path, record: Record, prompts: int = 24, size: int = 32) -> None:
     """A run's folder with images, all of one colour that tells prompt and model."""
     record.save(folder / "record.json")
-    lines = ["file,oracle_exact"]
+    lines = ["file,split,model,guidance_scale,prompt_index,image,noise_seed,prompt,oracle_exact"]
     for model in ("base", "tuned"):
         for k in range(prompts):
-            file = f"images/test/{model}/{k}-0.png"
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (size, size), (10 * k, 200 if model == "tuned" else 0, record.seed % 256)).save(
-                folder / file
-            )
-            lines.append(f"{file},{1.0 if model == 'tuned' else 0.0}")
-    (folder / "images.csv").write_text("\n".join(lines), encoding="utf-8")
+            file = folder / "images" / (name := f"test/{model}/{k:04d}-0.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (size, size), (10 * k, 200 if model == "tuned" else 0, record.seed % 256)).save(file)
+            lines.append(f"{name},test,{model},1.0,{k},0,7,a prompt,{1.0 if model == 'tuned' else 0.0}")
+    lines.append("../../../secret.png,test,tuned,1.0,0,0,7,a prompt,1.0")
+    (folder / "images" / "images.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
 def test_a_wall_shows_the_same_prompts_of_the_seed_that_most_methods_have(tmp_path: Path):

@@ -1,7 +1,7 @@
 """The wall of samples, from the images that runs kept: the same prompts and noise of several methods side by side.
 
-A run with kept images has `images/<split>/<base|tuned>/<prompt>-<image>.png` in its folder, and images.csv with a
-column `file` and one for each score. The prompts are taken evenly from each category, in their order, never by scores.
+A run with kept images has `images/images.csv`, a row for each file with split, model, the numbers of prompt and image,
+and a column for each score. The prompts are taken evenly from each category, in their order, never by their scores.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ EXACT_SIZE, THUMBNAIL = 64, 128  # images up to the first size are kept as they 
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A run whose images were kept. row: its label as the page shows it."""
+class Picture:
+    """A file, and whether the truth accepts it; None where that is not known."""
 
-    folder: Path
+    file: Path
+    passed: bool | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run whose images were kept. row: its label as the page shows it; pictures: by model and the prompt's number."""
+
     record: Record
     row: str
+    pictures: Mapping[tuple[str, int], Picture]
 
 
 def walls(places: Sequence[Path], result: Board, limit: int = PROMPTS) -> list[data.Wall]:
@@ -62,12 +70,41 @@ def _kept(places: Sequence[Path], table: Table) -> list[Kept]:
         if not place.exists():
             raise UsageError(f"'{place}' does not exist")
         for file in sorted(place.rglob("record.json")):
-            if (file.parent / "images" / table.split).is_dir():
+            if (listed := file.parent / "images" / "images.csv").is_file():
                 record = load_record(file)
                 key = (record.identity, record.seed)
-                if key in rows:
-                    found.setdefault(key, Kept(file.parent, record, rows[key]))
-    return list(found.values())
+                if key in rows and key not in found:
+                    found[key] = Kept(record, rows[key], _pictures(listed, table.split))
+    return [one for one in found.values() if one.pictures]
+
+
+def _pictures(listed: Path, split: str) -> dict[tuple[str, int], Picture]:
+    """The first image of each prompt, of those with the model's own guidance."""
+    folder, found = listed.parent.resolve(), {}
+    for line in _lines(listed):
+        file = (folder / (line.get("file") or "")).resolve()
+        # A table may come from anybody: no file outside of its folder is read.
+        if line.get("split") != split or line.get("image") != "0" or not file.is_relative_to(folder):
+            continue
+        number = line.get("prompt_index") or ""
+        if number.isdecimal() and not file.parent.name.endswith("-unguided"):
+            found[(line.get("model") or "", int(number))] = Picture(file, _passed(line.get(TRUTH)))
+    return found
+
+
+def _lines(listed: Path) -> list[dict[str, str]]:
+    try:
+        with listed.open(encoding="utf-8", newline="") as opened:
+            return list(csv.DictReader(opened))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"'{listed}' cannot be read as a table: {error}") from error
+
+
+def _passed(score: str | None) -> bool | None:
+    try:
+        return float(score or "") >= 0.5
+    except ValueError:
+        return None
 
 
 def _wall(kept: Sequence[Kept], table: Table, name: str, limit: int) -> data.Wall | None:
@@ -85,9 +122,9 @@ def _wall(kept: Sequence[Kept], table: Table, name: str, limit: int) -> data.Wal
     if not chosen:
         return None
     tiles = tuple(data.Tile(prompt=plain(texts[k]), category=plain(categories.get(texts[k], ""))) for k in chosen)
-    size = _size(runs[0], table.split, chosen)
-    base = _strip(runs[0], table.split, "base", chosen, size)
-    tuned = [_strip(one, table.split, "tuned", chosen, size) for one in runs]
+    size = _size(runs[0], chosen)
+    base = _strip(runs[0], "base", chosen, size)
+    tuned = [_strip(one, "tuned", chosen, size) for one in runs]
     return data.Wall(workload=name, seed=seed, size=size, across=ACROSS, tiles=tiles, strips=(base, *tuned))
 
 
@@ -110,35 +147,29 @@ def _categories(split: str) -> dict[str, str]:
     return {str(prompt): prompt.category for name in there for prompt in load_split(name, split).prompts}
 
 
-def _file(folder: Path, split: str, model: str, prompt: int) -> Path:
-    return folder / "images" / split / model / f"{prompt}-0.png"
-
-
-def _size(one: Kept, split: str, chosen: Sequence[int]) -> tuple[int, int]:
+def _size(one: Kept, chosen: Sequence[int]) -> tuple[int, int]:
     """Width and height of a tile."""
     for k in chosen:
-        file = _file(one.folder, split, "tuned", k)
-        if file.is_file():
-            width, height = _open(file).size
+        if ("tuned", k) in one.pictures:
+            width, height = _open(one.pictures["tuned", k].file).size
             shrink = 1 if max(width, height) <= EXACT_SIZE else THUMBNAIL / max(width, height)
             return max(round(width * shrink), 1), max(round(height * shrink), 1)
-    raise UsageError(f"'{one.folder / 'images' / split / 'tuned'}' has no images such as 0-0.png; keep them again")
+    return EXACT_SIZE, EXACT_SIZE
 
 
-def _strip(one: Kept, split: str, model: str, chosen: Sequence[int], size: tuple[int, int]) -> data.Strip:
+def _strip(one: Kept, model: str, chosen: Sequence[int], size: tuple[int, int]) -> data.Strip:
+    """The images of one model; a place whose image is missing stays black."""
     from PIL import Image
 
     lines = -(-len(chosen) // ACROSS)
     sheet = Image.new("RGB", (size[0] * ACROSS, size[1] * lines))
-    for k, prompt in enumerate(chosen):
-        file = _file(one.folder, split, model, prompt)
-        if file.is_file():
-            image = _open(file).convert("RGB")
-            sheet.paste(
-                image if image.size == size else image.resize(size), (k % ACROSS * size[0], k // ACROSS * size[1])
-            )
-    verdicts = _verdicts(one.folder)
-    passed = [verdicts.get(_file(one.folder, split, model, prompt).resolve()) for prompt in chosen]
+    pictures = [one.pictures.get((model, prompt)) for prompt in chosen]
+    for k, picture in enumerate(pictures):
+        if picture is not None:
+            image = _open(picture.file)
+            whole = image if image.size == size else image.resize(size)
+            sheet.paste(whole, (k % ACROSS * size[0], k // ACROSS * size[1]))
+    passed = [None if picture is None else picture.passed for picture in pictures]
     own = model == "tuned"
     return data.Strip(
         label=one.row if own else "base model",
@@ -152,7 +183,7 @@ def _open(file: Path) -> Image.Image:
     from PIL import Image
 
     try:
-        return Image.open(file)
+        return Image.open(file).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
         raise UsageError(f"'{file}' cannot be read as an image: {error}") from error
 
@@ -165,23 +196,3 @@ def _address(sheet: Image.Image, exact: bool) -> str:
     else:
         sheet.save(buffer, "WEBP", quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _verdicts(folder: Path) -> Mapping[Path, bool]:
-    """Whether the truth accepts an image, by its file; empty where images.csv does not say."""
-    for table in (folder / "images.csv", folder / "images" / "images.csv"):
-        if table.is_file():
-            with table.open(encoding="utf-8", newline="") as opened:
-                return _accepted(table.parent, csv.DictReader(opened))
-    return {}
-
-
-def _accepted(folder: Path, lines: csv.DictReader[str]) -> dict[Path, bool]:
-    found = {}
-    for line in lines:
-        file, score = line.get("file"), line.get(TRUTH)
-        try:
-            found[(folder / (file or "")).resolve()] = float(score or "") >= 0.5
-        except ValueError:
-            continue
-    return found
