@@ -57,6 +57,9 @@ CASES = {
     "sample": Case(["{run}", "a point", "--images", "2"], "a-point-0.png", ["absent", "x"], 2, "does not exist"),
     "list": Case(["rewards"], "jpeg", ["algoritms"], 2, "did you mean 'algorithms'"),
     "leaderboard": Case(["{run}"], "raft", ["absent"], 2, "'absent' does not exist"),
+    "page": Case(
+        ["{run}", "--output", "page.html"], "page.html", ["{run}", "--samples", "absent"], 2, "does not exist"
+    ),
     "ablate": Case(
         ["acflow", "--model", "gaussian", "--reward", "linear", "--seeds", "1", "--dry-run"],
         "algorithm.alpha=0.0",

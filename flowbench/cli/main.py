@@ -17,6 +17,7 @@ import typer
 from flowbench import __version__
 from flowbench.cli import bench as cli_bench
 from flowbench.cli import leaderboard as cli_leaderboard
+from flowbench.cli import page as cli_page
 from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
@@ -161,6 +162,7 @@ def list_(
 
 app.command()(cli_leaderboard.leaderboard)
 app.command()(cli_tune.tune)
+app.command()(cli_page.page)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
 app.command()(cli_suites.compare)

@@ -1,0 +1,54 @@
+"""`flowbench page`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowbench.errors import UsageError
+from flowbench.experiments.defaults import OUTPUT
+
+
+def page(
+    places: Annotated[list[Path], typer.Argument(help="Folders or records; default: runs.")] = [OUTPUT],  # noqa: B006
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("leaderboard.html"),
+    split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
+    over: Annotated[
+        str, typer.Option(help="What intervals speak of: 'like' for prompts like these, 'these' for these prompts.")
+    ] = "like",
+    samples: Annotated[
+        list[Path] | None, typer.Option(help="Folder of runs with kept images, for the wall; may be repeated.")
+    ] = None,
+    data: Annotated[bool, typer.Option("--data", help="Write the data beside the page, as .json and .csv.")] = False,
+) -> None:
+    """Make one page of results from records: tables, curves, pairs, samples; a single file that needs no network."""
+    if over not in ("like", "these"):
+        raise UsageError(f"unknown value '{over}' of --over; use like or these")
+
+    from flowbench.record import read_records
+
+    found = read_records(places)
+    if found.faults and not found.records:
+        raise UsageError(found.faults[0])
+    from flowbench.evaluation.statistics import LIKE, THESE
+    from flowbench.reporting.documents import to_csv
+    from flowbench.reporting.escape import plain
+    from flowbench.reporting.page.about import spaces
+    from flowbench.reporting.page.build import page_data, tables
+    from flowbench.reporting.page.render import write
+    from flowbench.reporting.page.samples import walls
+
+    result = tables(found.records, split, LIKE if over == "like" else THESE)
+    images = walls(samples, result) if samples else ()
+    declared = spaces({r.algorithm for r in found.records})
+    content = page_data(result, found.records, spaces=declared, walls=images)
+    try:
+        written = write(output, content, to_csv(result), beside=data)
+    except OSError as error:
+        raise UsageError(f"--output '{output}' cannot be written: {error.strerror}") from error
+    for path in written:
+        typer.echo(path)
+    for fault in found.faults:
+        typer.echo(f"flowbench: left out: {plain(fault)}", err=True)
