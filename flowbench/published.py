@@ -31,7 +31,7 @@ _BEGINNING = re.compile(rb'\s*\{\s*"version"\s*:\s*\d+\s*,\s*"algorithm"\s*:\s*"
 
 # Significant digits. Scores of prompts vary by a tenth of themselves, so that four say more than anybody can use, and
 # three, which records have that would be too large otherwise, enough.
-PER_PROMPT, SCORES, SPENT = (4, 3), 5, 4
+PER_PROMPT, SCORES, SPENT = (4, 3), 5, 5
 
 Document: TypeAlias = "dict[str, Any]"
 
