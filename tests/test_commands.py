@@ -60,6 +60,7 @@ CASES = {
     "page": Case(
         ["{run}", "--output", "page.html"], "page.html", ["{run}", "--samples", "absent"], 2, "does not exist"
     ),
+    "submit": Case(["{run}", "--check", "--ablation"], "", ["absent"], 2, "'absent' does not exist"),
     "ablate": Case(
         ["acflow", "--model", "gaussian", "--reward", "linear", "--seeds", "1", "--dry-run"],
         "algorithm.alpha=0.0",
