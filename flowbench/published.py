@@ -3,8 +3,8 @@
     <workload>/base-<digest>.json             the base model's scores of each prompt on one noise block, and the prompts
     <workload>/<algorithm>/<hash>-s<seed>.json  a record without these, its numbers rounded to what matters
 
-`flowbench.record.load_record` reads both forms. Both directions are functions of JSON documents, so that records need not
-know whether they were published. How older forms are read: docs/submit.md.
+`flowbench.record.load_record` reads both forms. Both directions are functions of JSON documents, so that a record does
+not know whether it was published. How older forms are read: docs/submit.md.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def whole(content: bytes, path: Path) -> Document:
     if name is None:
         return {**document, "per_prompt": {}, "prompts": {}}
     base = _load_base(path, name)
-    if (base.model, base.protocol_hash, base.seed) != tuple(document.get(k) for k in ("model", "protocol_hash", "seed")):
+    if (base.model, base.protocol_hash, base.seed) != tuple(
+        document.get(k) for k in ("model", "protocol_hash", "seed")
+    ):
         raise UsageError(f"'{path}' refers to '{name}', which is of another model, protocol or seed; publish it again")
     if not isinstance(tuned, dict) or not {*tuned} <= {*base.per_prompt}:
         raise UsageError(f"'{path}' has scores that its base '{name}' lacks; publish it again")

@@ -22,7 +22,7 @@ def submit(
     ] = False,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
-    """Check runs as a contribution to the published results, and publish them: compact records, added, never replaced."""
+    """Check runs as a contribution to the published results, and add them as compact records; nothing is replaced."""
     from flowbench.experiments.submission import submit as hand_in
     from flowbench.registry import load_plugin_file
 

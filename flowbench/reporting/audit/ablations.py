@@ -181,8 +181,8 @@ def light_critic_suffices(found: Sequence[Study]) -> Claim:
         "A light critic suffices.",
         "Gain (truth where it is known, else the reward trained on) with the light critic minus without one, and with "
         "each heavier critic minus the light one, paired by seed and prompt: supported if the light one is above none "
-        f"and no heavier one gains more than {MARGIN:.0%} of that beyond it, not supported if none is better than it, or a "
-        "heavier one gains more.",
+        f"and no heavier one gains more than {MARGIN:.0%} of that beyond it, not supported if none is better than it, "
+        "or a heavier one gains more.",
         ABLATIONS,
         findings,
     )

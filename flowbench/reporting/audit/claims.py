@@ -1,4 +1,4 @@
-"""The flagship's published claims, each with its test, the runs that it rests on and the verdict; as data and as a page."""
+"""The flagship's published claims, each with its test, the runs that it rests on and the verdict."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from flowbench.reporting.leaderboard import Table
 
 HEAD = f"""# What holds of AC-Flow's claims
 
-AC-Flow (arXiv:2510.18072) is the algorithm that flowbench was begun for. Here are the seven things that are claimed of it,
-each with the test that decides, and the verdict **on these workloads**: small models, small budgets, and the only public
-implementation, which is flowbench's own `{FLAGSHIP}`. A claim is *supported* or *not supported* only where an interval
-says so; everything else is *undecided*. Intervals are 95 %. Generated from the records by `flowbench leaderboard --write`.
+AC-Flow (arXiv:2510.18072) is the algorithm that flowbench was begun for. Here are the seven things that are claimed
+of it, each with the test that decides, and the verdict **on these workloads**: small models, small budgets, and the
+only public implementation, which is flowbench's own `{FLAGSHIP}`. A claim is *supported* or *not supported* only where
+an interval says so; everything else is *undecided*. Intervals are 95 %. Generated from the records by `flowbench
+leaderboard --write`.
 """
 
 

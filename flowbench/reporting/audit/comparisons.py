@@ -121,8 +121,8 @@ def _ratios(table: Table) -> Iterator[Finding]:
         if not both:
             continue
         found = over_seeds([math.log(own[s] / other[s]) for s in both])
-        ends = [None if end is None else math.exp(end) for end in (found.low, found.high)]
-        ratio = Interval(math.exp(found.value), *ends, found.over, found.seeds, found.prompts)
+        low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+        ratio = Interval(math.exp(found.value), low, high, found.over, found.seeds, found.prompts)
         yield Finding(f"{_name(table)}: seconds, {FLAGSHIP} over {row.label}", ratio, above(ratio, 1.0), "ratio")
 
 
@@ -205,5 +205,3 @@ def _name(table: Table) -> str:
     w = table.workload
     name = w.name or f"{w.model} / {w.reward}"
     return f"{name} ({w.ruleset})" if w.ruleset and w.ruleset != "defaults" else name
-
-

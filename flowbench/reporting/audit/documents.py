@@ -57,8 +57,8 @@ def over_optimisation(board: Board, images: str = "images") -> str:
 
 
 def _section(table: Table, found: Sequence[Way], images: str) -> list[str]:
-    headings = ("algorithm", "seeds", "reward", "truth", "distance", "diversity")
-    headings += ("truth peaks at", "lost", "kept by stopping")
+    ends, choices = ("reward", "truth", "distance", "diversity"), ("truth peaks at", "lost", "kept by stopping")
+    headings = ("algorithm", "seeds", *ends, *choices)
     rows = [[markdown(path.label), f"{path.seeds}", *_end(path.end), *_choices(path)] for path in found]
     said = [_verdict(found), markdown_rows(headings, rows), LEGEND]
     said.append(f"![Truth against the reward trained on, over training]({images}/{picture_name(table)}.svg)\n")

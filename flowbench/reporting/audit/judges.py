@@ -52,9 +52,7 @@ def _points(runs: Sequence[tuple[str, Run]], metric: str) -> np.ndarray:
     return np.concatenate([run.gains[metric][1:] for _, run in runs])
 
 
-def _correlations(
-    scores: Mapping[str, np.ndarray], runs: Sequence[tuple[str, Run]]
-) -> dict[str, RankCorrelation]:
+def _correlations(scores: Mapping[str, np.ndarray], runs: Sequence[tuple[str, Run]]) -> dict[str, RankCorrelation]:
     truth = _points(runs, TRUTH)
     methods = np.concatenate([np.repeat(label, len(run.images) - 1) for label, run in runs])
     return {name: rank_correlation(values, truth, methods) for name, values in scores.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -177,7 +177,4 @@ def _within(found: Interval, low: float, high: float) -> Interval:
     """An interval of a quantity that has bounds."""
     if found.low is None or found.high is None:
         return found
-    ends = max(found.low, low), min(found.high, high)
-    return Interval(found.value, *ends, found.over, found.seeds, found.prompts, found.failed)
-
-
+    return replace(found, low=max(found.low, low), high=min(found.high, high))

@@ -1,8 +1,8 @@
 """Where published records lie, and that none of them vanishes or changes.
 
-    v1/<workload>/base-<digest>.json, v1/<workload>/<algorithm>/<config hash>-s<seed>.json
-    v1/ablations/<model>-<reward>/<algorithm>/<config hash>-s<seed>.json
-    v1/MANIFEST     the SHA-256 of each, as `sha256sum --check` reads it
+v1/<workload>/base-<digest>.json, v1/<workload>/<algorithm>/<config hash>-s<seed>.json
+v1/ablations/<model>-<reward>/<algorithm>/<config hash>-s<seed>.json
+v1/MANIFEST     the SHA-256 of each, as `sha256sum --check` reads it
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_manifest(root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    listed = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    listed = {name: digest for digest, sep, name in (line.partition("  ") for line in lines) if sep}
     if len(listed) != len(lines):
         raise UsageError(f"'{path}' is no manifest of results; restore it")
     return listed

@@ -1,6 +1,6 @@
 """The pages that are made from published results, and where they differ from what the records say.
 
-    leaderboard/README.md, index.html, over-optimisation.md, claims.md, schema.json, and a part of the README
+leaderboard/README.md, index.html, over-optimisation.md, claims.md, schema.json, and a part of the README
 """
 
 from __future__ import annotations
@@ -142,5 +142,3 @@ def _with_part(readme: Path, part: str) -> str:
     if not begin or not end:
         raise UsageError(f"'{readme}' has no place for the table; it stands between {BEGIN} and {END}")
     return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
-
-

@@ -34,5 +34,3 @@ def schema_text() -> str:
         **schema,
     }
     return json.dumps(schema, indent=1) + "\n"
-
-

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from pydantic import ValidationError
 
@@ -233,7 +234,7 @@ def _points(record: Record) -> Iterator[str]:
     except (ValidationError, UsageError):
         return
     images = [point.images for point in record.points]
-    ordered = all(a < b for a, b in zip(images, images[1:], strict=False))
+    ordered = all(a < b for a, b in pairwise(images))
     if len(images) != wanted or not ordered or (wanted and images[-1] != record.budget.images):
         yield f"has {len(images)} points of its budget of the {wanted} that it asks for, or in another order"
     elif wanted and not record.dev_base:

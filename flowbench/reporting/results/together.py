@@ -129,7 +129,7 @@ def _same_seeds(records: Sequence[Record], request: Request) -> Iterator[str]:
 
 
 def _beside_published(records: Sequence[Record], request: Request) -> Iterator[str]:
-    """It can stand in one table with what is there, for which a ruleset asks for one commit, device and installation."""
+    """It can stand in one table with what is there: a ruleset asks for one commit, device and installation."""
     mine = {(r.ruleset, r.workload) for r in records if r.ruleset}
     beside = [r for r in request.published if (r.ruleset, r.workload) in mine]
     finished = [r for r in (*beside, *records) if r.status == "finished" and r.ruleset]
