@@ -50,7 +50,7 @@ def _place(table: Table) -> Iterator[Finding]:
         return
     other = next(s.algorithm for s in ranking.standings if s.algorithm != row.label)
     says: Verdict = UNDECIDED
-    if all(s.gain.low is not None for s in ranking.standings):  # single seeds share the first place whatever they gain
+    if all(s.gain.low is not None for s in ranking.standings):  # a single seed shares the first place, whatever it is
         alone = ranking.first == (row.label,)
         says = SUPPORTED if alone else UNDECIDED if row.label in ranking.first else NOT_SUPPORTED
     gains = table.gains[str(table.by)]
@@ -64,8 +64,8 @@ def generalises(tables: Sequence[Table]) -> Claim:
     """2: what it learned from one reward shows in preference models that it has not seen."""
     return made(
         "It generalises to preference models that it has not seen.",
-        "Gain of the mean of the judges that were not trained on, and of each of them: supported if the mean's interval "
-        "is above 0 on every workload, not supported if the mean or a single judge falls below 0.",
+        "Gain of the mean of the judges that were not trained on, and of each of them: supported if the mean's "
+        "interval is above 0 on every workload, not supported if the mean or a single judge falls below 0.",
         SUITES,
         (f for table in tables for f in _judged(table)),
     )
@@ -92,8 +92,8 @@ def keeps_diversity(tables: Sequence[Table]) -> Claim:
             findings.append(Finding(f"{_name(table)}: diversity", kept, above(kept, KEPT), "share"))
     return made(
         "It keeps the base model's diversity.",
-        f"Diversity within prompts as a share of the base model's, against the rules' floor of {KEPT}: supported if the "
-        "interval is above it on every workload, not supported if it is below it on one.",
+        f"Diversity within prompts as a share of the base model's, against the rules' floor of {KEPT}: supported if "
+        "the interval is above it on every workload, not supported if it is below it on one.",
         SUITES,
         findings,
     )
@@ -134,8 +134,8 @@ def depends(tables: Sequence[Table]) -> Claim:
     claim = made(
         "What it reaches depends on the reference model and on the reward model.",
         f"Gain in truth between workloads that differ in the reward alone, and in the model alone, paired by seed and "
-        f"prompt, Bonferroni over the pairs: supported if some pair of each kind differs, not supported if all pairs of "
-        f"a kind are the same to {SAME}. The reference must be varied by workloads on a second model.",
+        f"prompt, Bonferroni over the pairs: supported if some pair of each kind differs, not supported if all pairs "
+        f"of a kind are the same to {SAME}. The reference must be varied by workloads on a second model.",
         SUITES,
         [*rewards, *references],
         verdict,

@@ -29,14 +29,17 @@ All scores are on split `dev`, tuned minus base, at the points of the budget; in
 from the records by `flowbench leaderboard --write`.
 """
 
-NOTHING_KNOWN = "No published run has both a known truth that it was not trained on and points of its budget: there is nothing to say yet.\n"
+NOTHING_KNOWN = (
+    "No published run has both a known truth that it was not trained on and points of its budget: there is nothing to "
+    "say yet.\n"
+)
 
-LEGEND = """- **truth peaks at**: images after which a run's truth is largest, mean over seeds; single points are noisy, so that it
-  is a rough place.
+LEGEND = """- **truth peaks at**: images after which a run's truth is largest, mean over seeds; a rough place, since
+  single points are noisy.
 - **lost**: truth at the point where the *other* seeds' mean truth is largest, minus truth at the end. Above 0, and its
   interval too, the method over-optimised: it went on, and the images got worse.
-- **kept by stopping**: truth at the point that the held-out judges rank highest in the mean, minus truth at the end. They
-  and the truth see the same images, so that this is a little too good.
+- **kept by stopping**: truth at the point that the held-out judges rank highest in the mean, minus truth at the end.
+  They and the truth see the same images, so that this is a little too good.
 - diversity is a share of the base model's.
 """
 

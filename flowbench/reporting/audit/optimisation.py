@@ -50,9 +50,9 @@ class Step:
 class Path:
     """One method over training.
 
-    peak: images at which a run's truth is largest, the mean over seeds. lost: truth at the point where the *other* seeds'
-    mean is largest, minus truth at the end; above 0 the truth fell while training went on. kept: truth at the point
-    that the held-out judges prefer, minus truth at the end; None without judges on dev, or with a single seed for lost.
+    peak: images at which a run's truth is largest, the mean over seeds. lost: truth at the point where the *other*
+    seeds' mean is largest, minus truth at the end, None for one seed; above 0 the truth fell while training went on.
+    kept: truth at the point that the held-out judges prefer, minus truth at the end; None without judges on dev.
     """
 
     label: str
@@ -100,12 +100,10 @@ def run_of(record: Record) -> Run:
     for metric, base in record.dev_base.items():
         values = [point.scores.get(metric, math.nan) for point in record.points]
         curve = np.array([base, *values], dtype=np.float64)
-        if metric == DIVERSITY:
-            curve = curve / base if base > 0 else np.full_like(curve, np.nan)
-        else:
-            curve = curve - base
-        if np.isfinite(curve).all():
-            gains[metric] = curve
+        share = metric == DIVERSITY
+        gain = curve - base if not share else curve / base if base > 0 else np.full_like(curve, np.nan)
+        if np.isfinite(gain).all():
+            gains[metric] = gain
     return Run(record.seed, images, gains)
 
 

@@ -29,21 +29,17 @@ SPLIT = "test"
 INDEX, IMAGES, RESULTS, README = "index.html", "images", "results", "README.md"
 SEARCH = "search"
 
-NOTHING_YET = """**No ranking is published yet.** Results are published here when every method had the same search, seeds and rules, on one
-commit and one kind of device, and none of that has run to its end. The first table is [history](history/README.md), with
-the reasons why none of its numbers is a ranking.
-"""
-
-NOTHING_YET_README = """**No ranking is published yet.** Results are published when every method had the same search, seeds and rules, on one commit
-and one kind of device. The first table is [history], with the reasons why none of its numbers is a ranking.
+NOTHING_YET = """**No ranking is published yet.** Results are published here when every method had the same search,
+seeds and rules, on one commit and one kind of device, and that campaign has not run to its end. The first table is
+{history}, with the reasons why none of its numbers is a ranking.
 """
 
 HEAD = """# Results
 
-Made from the records in [results](results) by `flowbench leaderboard --write`; nobody types a number. The rules are in
-[docs/suites.md](../docs/suites.md), what the numbers are in [docs/statistics.md](../docs/statistics.md), and how a method
-gets a row in [docs/submit.md](../docs/submit.md). [Over-optimisation](over-optimisation.md) says whether the images get
-better while the reward rises, and [claims](claims.md) what holds of AC-Flow's. The first table is
+Made from the records below `results/` by `flowbench leaderboard --write`; nobody types a number. The rules are in
+[docs/suites.md](../docs/suites.md), what the numbers are in [docs/statistics.md](../docs/statistics.md), and how a
+method gets a row in [docs/submit.md](../docs/submit.md). [Over-optimisation](over-optimisation.md) says whether the
+images get better while the reward rises, and [claims](claims.md) what holds of AC-Flow's. The first table is
 [history](history/README.md).
 """
 
@@ -124,13 +120,14 @@ def _data(path: Path, text: str) -> str:
 
 
 def _board_page(tables: Board) -> str:
-    return f"{HEAD}\n{to_markdown(tables) if tables.tables else NOTHING_YET}"
+    nothing = NOTHING_YET.format(history="[history](history/README.md)")
+    return f"{HEAD}\n{to_markdown(tables) if tables.tables else nothing}"
 
 
 def _summary(tables: Board) -> str:
     """The README's part: each table's verdict and the columns that decide."""
     if not tables.tables:
-        return NOTHING_YET_README
+        return NOTHING_YET.format(history="[history]")
     keys = list(dict.fromkeys(c.key for t in tables.tables for c in columns(t).values() if c.deciding and c.usual))
     return to_markdown(tables, keys)
 

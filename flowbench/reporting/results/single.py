@@ -1,4 +1,4 @@
-"""What one record of a contribution must keep to: computed again here, from what is installed, wherever that is possible."""
+"""What one record of a contribution must keep to: computed again here from what is installed, wherever it can be."""
 
 from __future__ import annotations
 
