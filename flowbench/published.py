@@ -133,7 +133,7 @@ def upgraded(document: Document, path: Path) -> Document:
     Raises UsageError for one of a format that this version does not know.
     """
     found = document.get("format")
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+    if type(found) is not int or not 1 <= found <= FORMAT:
         raise UsageError(f"'{path}' has format {found!r}, and this version reads 1 to {FORMAT}; update flowbench")
     for step in range(found, FORMAT):
         document = {**UPGRADES[step](document), "format": step + 1}

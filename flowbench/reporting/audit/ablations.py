@@ -89,8 +89,8 @@ def _study(name: str, records: Sequence[Record]) -> Study | None:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run, by full names."""
-    sections = ((name, value) for name, value in config.items() if name in ("training", "hyperparameters"))
-    return {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
+    sections = ((name, config.get(name)) for name in ("training", "hyperparameters"))
+    return {f"{name}.{key}": value for name, s in sections if isinstance(s, dict) for key, value in s.items()}
 
 
 def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

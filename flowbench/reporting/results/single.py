@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from pydantic import ValidationError
 
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import UsageError
-from flowbench.models.presets import load_preset
+from flowbench.models.presets import load_preset, preset_names
 from flowbench.plugin_sources import source
 from flowbench.prompts import available_splits, load_split
 from flowbench.record import OWN, PRESET, VERSION, Record, Score, code_commit
@@ -22,7 +23,7 @@ from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import weight_hashes
 from flowbench.reporting.targets import DIVERSITY
 from flowbench.terms import path_name, plain_metric, term_names
-from flowbench.workloads import load_workload
+from flowbench.workloads import load_workload, workload_names
 
 SLACK = 1e-3  # of a bound: published numbers are rounded
 SHARES, LENGTHS = ("oracle_exact", "oracle_soft"), (DIVERSITY, "w2", "kl")
@@ -47,15 +48,14 @@ def _of_workload(record: Record) -> Iterator[str]:
     """It was made for a workload that flowbench ships, as that workload is; a record of an ablation names none."""
     if record.workload is None:
         return
-    try:
-        workload = load_workload(record.workload)
-    except UsageError as error:
-        yield str(error)
+    if record.workload not in workload_names():  # which a file's name is not: nothing is read because a record says so
+        yield f"was made for workload '{plain(record.workload)}', which flowbench does not ship"
         return
+    workload = load_workload(record.workload)
     if record.workload_hash != workload.hash:
         yield f"was made for another version of workload '{workload.name}' ({plain(str(record.workload_hash))})"
         return
-    training, evaluation = (record.config.get(name, {}) for name in ("training", "evaluation"))
+    training, evaluation = (_section(record, name) for name in ("training", "evaluation"))
     has = {"model": record.model, "reward": record.reward, "training.images": training.get("images")}
     wants = {"model": workload.model, "reward": workload.reward, "training.images": workload.images}
     for name, value in workload.evaluation.items():
@@ -64,6 +64,17 @@ def _of_workload(record: Record) -> Iterator[str]:
     for name, wanted in wants.items():
         if has[name] != wanted:
             yield f"has {name} = {plain(str(has[name]))}, and workload '{workload.name}' {wanted}"
+
+
+def _section(record: Record, name: str) -> dict[str, Any]:
+    """A section of its settings, which need not be any."""
+    found = record.config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _splits(record: Record) -> list[str]:
+    found = _section(record, "evaluation").get("splits")
+    return list(map(str, found)) if isinstance(found, list) else []
 
 
 @dataclass(frozen=True)
@@ -111,16 +122,36 @@ def _here(record: Record) -> _Computed:
     return _computed(json.dumps(without, sort_keys=True))
 
 
-def _settings(record: Record) -> Iterator[str]:
-    """Hashes are those of its settings, protocol and prompts; under `defaults` the settings are the algorithm's own."""
+def _known(record: Record) -> _Computed | None:
+    """What its settings decide, or None where `_settings` says why that cannot be known."""
+    if any(True for _ in _unusable(record)):
+        return None
+    try:
+        return _here(record)
+    except (ValidationError, UsageError):
+        return None
+
+
+def _unusable(record: Record) -> Iterator[str]:
+    """Why nothing can be computed again; names of a record never become files that are read."""
     if record.algorithm not in algorithms.names():
         yield "its algorithm is not installed here, so that nothing can be computed again; install it or use --plugin"
+    elif any(record.config.get(name) != getattr(record, name) for name in ("algorithm", "reward", "model", "seed")):
+        yield "its settings are of another algorithm, reward, model or seed than it says"
+    elif record.model not in preset_names() or record.config.get("prompts") is not None:
+        yield "has a model or prompts that flowbench does not ship, so that nothing can be computed again"
+
+
+def _settings(record: Record) -> Iterator[str]:
+    """Hashes are those of its settings, protocol and prompts; under `defaults` the settings are the algorithm's own."""
+    faults = list(_unusable(record))
+    if faults:
+        yield from faults
         return
-    if record.config.get("seed") != record.seed or record.config.get("algorithm") != record.algorithm:
-        yield "its settings are of another algorithm or seed"
     try:
-        here = _here(record)
-        usual = default_hash(record.algorithm, record.workload) if record.ruleset == "defaults" else None
+        here, usual = _here(record), None
+        if record.ruleset == "defaults" and record.workload in workload_names():
+            usual = default_hash(record.algorithm, str(record.workload))
     except ValidationError as error:
         first = error.errors()[0]
         yield f"its setting '{plain('.'.join(map(str, first['loc'])))}' is none: {plain(first['msg'].lower())}"
@@ -137,7 +168,7 @@ def _settings(record: Record) -> Iterator[str]:
     for name, digest in sorted(record.prompt_hashes.items()):
         if here.prompt_hashes.get(name) != digest:
             yield f"used other prompts as split '{plain(name)}' than this flowbench has"
-    missing = {"train", *record.config["evaluation"]["splits"]} - record.prompt_hashes.keys()
+    missing = {"train", *_splits(record)} - record.prompt_hashes.keys()
     if missing and record.status == "finished":
         yield f"does not say which prompts it used as {', '.join(sorted(map(plain, missing)))}"
 
@@ -176,8 +207,7 @@ def _judges(record: Record) -> Iterator[str]:
 
 def _scores(record: Record) -> Iterator[str]:
     """Scores are there for every split, finite, and in their reward's range; prompts have as many of them as texts."""
-    splits = record.config.get("evaluation", {}).get("splits", ())
-    for split in splits:
+    for split in _splits(record):
         if not any(key.endswith(f"/{split}") for key in record.scores):
             yield f"has no scores on split '{plain(str(split))}'"
     for key, score in record.scores.items():
@@ -212,14 +242,14 @@ def _bounds(metric: str) -> tuple[float, float]:
 
 def _costs(record: Record) -> Iterator[str]:
     """The budget was met exactly, and sampling cost what it must."""
-    spent, costs, images = record.budget, record.costs, record.config.get("training", {}).get("images")
+    spent, costs, images = record.budget, record.costs, _section(record, "training").get("images")
     for name, found in (("budget", spent.images), ("costs", costs.images)):
         if found != images:
             yield f"has {found} images in its {name}, and the budget is {plain(str(images))}"
-    try:
-        least = spent.images * _here(record).steps
-    except (ValidationError, UsageError):
-        return  # `_settings` says so
+    here = _known(record)
+    if here is None:
+        return
+    least = spent.images * here.steps
     sampled = costs.function_evaluations.get("sampling", 0)
     if min(sampled, spent.function_evaluations) < least:
         yield f"has {sampled} evaluations of sampling, and its images take at least {least}"
@@ -229,10 +259,10 @@ def _costs(record: Record) -> Iterator[str]:
 
 def _points(record: Record) -> Iterator[str]:
     """It was scored at the points of its budget, the last at the end."""
-    try:
-        wanted = _here(record).points
-    except (ValidationError, UsageError):
+    here = _known(record)
+    if here is None:
         return
+    wanted = here.points
     images = [point.images for point in record.points]
     ordered = all(a < b for a, b in pairwise(images))
     if len(images) != wanted or not ordered or (wanted and images[-1] != record.budget.images):
