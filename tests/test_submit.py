@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -475,3 +480,62 @@ def test_pages_of_nothing_are_a_line(
 ):
     assert flowbench_main("leaderboard", *arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- the way of an outsider -------------------------------------------------------------------------------------------
+
+SUITE = "runs: [{workloads: [rehearsal-plane], algorithms: [better-half], seeds: {first: 100, count: 2}}]\n"
+
+
+def git(folder: Path, *arguments: str) -> None:
+    own = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    subprocess.run(["git", *own, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def package(folder: Path) -> Path:
+    """The example of docs/write-an-algorithm.md as a wheel with an entry point."""
+    page = (ROOT / "docs" / "write-an-algorithm.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    wheel, info = folder / "better_half-1.0-py3-none-any.whl", "better_half-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("better_half/__init__.py", "")
+        archive.writestr("better_half/method.py", code)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: better-half\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/entry_points.txt", "[flowbench.algorithms]\nbetter-half = better_half.method\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("git") is None, reason="a record knows its commit by git")
+def test_an_outsiders_method_goes_from_check_to_a_row_with_four_commands(tmp_path: Path):
+    checkout, ignored = tmp_path / "checkout", shutil.ignore_patterns("__pycache__")
+    for name in ("flowbench", "algorithms", "rewards"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        git(checkout, *arguments)
+    python = tmp_path / "env" / "bin" / "python"
+    venv.create(python.parent.parent, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(package(tmp_path))], check=True, capture_output=True)
+    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+    (site / "dependencies.pth").write_text(f"{checkout}\n{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    (tmp_path / "suite.yaml").write_text(SUITE, encoding="utf-8")
+
+    def flowbench(*arguments: str) -> str:
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+        command = [str(python), "-m", "flowbench", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert " pass" in flowbench("check", "better-half")
+    flowbench("suite", "run", "suite.yaml", "--output", "runs")
+    assert "2 records passed all checks" in flowbench("submit", "runs", "--rehearsal", "--to", "results")
+    assert "better-half" in flowbench("leaderboard", "results")
+    (one, other) = find_records([tmp_path / "results"])
+    assert (one.sources["algorithm"].distribution, one.sources["algorithm"].version) == ("better-half", "1.0")
+    assert one.commit == other.commit
+    assert one.seed + 1 == other.seed == 101

@@ -36,5 +36,5 @@ def submit(
         raise RunError(f"{n} check{'s' * (n > 1)} failed for {len(result.records)} records; nothing was published")
     seen = f"{len(result.records)} records passed all checks"
     typer.echo(seen if check else f"{seen}; {len(result.written)} files are new below {to}")
-    if result.written:
+    if result.written and not rehearsal:
         typer.echo("next: flowbench leaderboard --write")
