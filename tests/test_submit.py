@@ -332,6 +332,22 @@ def test_seeds_are_those_of_the_suite_and_the_published_ones_count(sound: Record
     assert lines([]) == ["there is no record; finish the runs first, see 'flowbench suite show'"]
 
 
+def test_trials_of_a_search_are_published_too_though_they_are_older_and_scored_on_dev_alone(sound: Record):
+    overrides = {**load_workload(WORKLOAD).overrides(), "training.learning_rate": 1e-5}
+    alone = {"evaluation.splits": [], "evaluation.judges": [], "evaluation.points": 1}
+    config = resolve_config("raft", "clip", "mini-sd3", overrides={**overrides, **alone}, seed=1000, device="cpu")
+    blank = failed_record(config, "", "", device="cpu x 1")
+    nothing: dict[str, Any] = {"scores": {}, "per_prompt": {}, "prompts": {}, "judges": {}, "points": sound.points[-1:]}
+    hashes: dict[str, Any] = {
+        name: getattr(blank, name) for name in ("config", "config_hash", "protocol_hash", "sources")
+    }
+    trial = sound.model_copy(update={**hashes, **nothing, "seed": 1000, "ruleset": "search", "commit": "e" * 40})
+    assert lines([*all_seeds(sound), trial]) == []
+    foreign = Source(distribution="other", version="1", sha256="0" * 64)
+    before = trial.model_copy(update={"sources": {**trial.sources, "algorithm": foreign}, "config_hash": "0123456789"})
+    assert lines([*all_seeds(sound), before]) == []
+
+
 def test_what_cannot_stand_in_the_table_that_is_published_is_found(sound: Record):
     other = [r.model_copy(update={"algorithm": "nft", "commit": "1" * 40}) for r in all_seeds(sound)]
     found = lines(all_seeds(sound), published=other)

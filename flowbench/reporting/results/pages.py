@@ -22,13 +22,12 @@ from flowbench.reporting.page.build import page_data
 from flowbench.reporting.page.render import html
 from flowbench.reporting.results.files import VERSION
 from flowbench.reporting.results.schema import schema_text
+from flowbench.reporting.results.single import SEARCH, is_trial
 from flowbench.reporting.style import is_own, only_own_families
 
 BEGIN, END = "<!-- made by flowbench leaderboard --write -->", "<!-- until here -->"
 SPLIT = "test"
 INDEX, IMAGES, RESULTS, README = "index.html", "images", "results", "README.md"
-SEARCH = "search"
-
 NOTHING_YET = """**No ranking is published yet.** Results are published here when every method had the same search,
 seeds and rules, on one commit and one kind of device, and that campaign has not run to its end. The first table is
 {history}, with the reasons why none of its numbers is a ranking.
@@ -85,7 +84,7 @@ def published(root: Path) -> tuple[tuple[Record, ...], Board]:
     found = read_records([root / VERSION])
     if found.faults:
         raise UsageError(found.faults[0])
-    shown = [r for r in found.records if r.ruleset not in (None, SEARCH)]
+    shown = [r for r in found.records if r.ruleset not in (None, SEARCH) and not is_trial(r)]
     return found.records, board(shown, SPLIT) if shown else Board(())
 
 

@@ -26,6 +26,8 @@ from flowbench.terms import path_name, plain_metric, term_names
 from flowbench.workloads import load_workload, workload_names
 
 SLACK = 1e-3  # of a bound: published numbers are rounded
+# A search's trials are scored on dev alone, at the end: what they leave out cannot be selected by.
+SEARCH, OF_TRIALS = "search", ("splits", "judges", "points", "dev_judges")
 SHARES, LENGTHS = ("oracle_exact", "oracle_soft"), (DIVERSITY, "w2", "kl")
 
 
@@ -59,11 +61,18 @@ def _of_workload(record: Record) -> Iterator[str]:
     has = {"model": record.model, "reward": record.reward, "training.images": training.get("images")}
     wants = {"model": workload.model, "reward": workload.reward, "training.images": workload.images}
     for name, value in workload.evaluation.items():
+        if name in OF_TRIALS and is_trial(record):
+            continue
         has[f"evaluation.{name}"] = evaluation.get(name)
         wants[f"evaluation.{name}"] = list(value) if isinstance(value, tuple) else value
     for name, wanted in wants.items():
         if has[name] != wanted:
             yield f"has {name} = {plain(str(has[name]))}, and workload '{workload.name}' {wanted}"
+
+
+def is_trial(record: Record) -> bool:
+    """Whether it is a trial of a search, which has no score on a reporting split."""
+    return record.ruleset in (SEARCH, "tuned") and _section(record, "evaluation").get("splits") == []
 
 
 def _section(record: Record, name: str) -> dict[str, Any]:
@@ -122,6 +131,17 @@ def _here(record: Record) -> _Computed:
     return _computed(json.dumps(without, sort_keys=True))
 
 
+def _before_defaults(record: Record) -> bool:
+    """Whether it is a trial of a foreign method as it was before the search's result became its defaults.
+
+    The source of a foreign method is in the hash of its settings, which then cannot be computed again.
+    """
+    known = record.sources.get("algorithm")
+    if record.ruleset != SEARCH or known is None or known.distribution == OWN:
+        return False
+    return source(algorithms, record.algorithm).sha256 != known.sha256
+
+
 def _known(record: Record) -> _Computed | None:
     """What its settings decide, or None where `_settings` says why that cannot be known."""
     if any(True for _ in _unusable(record)):
@@ -159,7 +179,7 @@ def _settings(record: Record) -> Iterator[str]:
     except UsageError as error:
         yield f"its settings cannot be used here: {plain(str(error))}"
         return
-    if record.config_hash != here.config_hash:
+    if record.config_hash != here.config_hash and not _before_defaults(record):
         yield f"has config hash {plain(record.config_hash)}, and its settings have {here.config_hash}"
     elif usual is not None and record.config_hash != usual:
         yield "has settings that are not the algorithm's own, which ruleset 'defaults' asks for"
@@ -178,6 +198,7 @@ def _sources(record: Record) -> Iterator[str]:
     wanted = {"algorithm", PRESET, *map(path_name, term_names(record.reward)), *record.judges} - {"oracle"}
     for name in sorted(wanted - record.sources.keys()):
         yield f"does not say where '{plain(name)}' comes from"
+    trial = record.ruleset == SEARCH  # of the method before the search's result became its defaults
     same_code = record.commit is not None and record.commit == code_commit()
     for name, known in sorted(record.sources.items()):
         if name == PRESET:
@@ -190,7 +211,7 @@ def _sources(record: Record) -> Iterator[str]:
         own = known.distribution == OWN
         registry = algorithms if name == "algorithm" else rewards
         called = record.algorithm if name == "algorithm" else name
-        if called in registry.names() and (same_code or not own):
+        if called in registry.names() and (same_code or not own) and not (trial and name == "algorithm"):
             here = source(registry, called)
             if here.sha256 != known.sha256:
                 yield f"has another '{plain(name)}' than the one that is installed here"

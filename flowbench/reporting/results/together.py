@@ -65,15 +65,16 @@ def _allowed(record: Record, request: Request) -> Iterator[str]:
 
 
 def _one_code(records: Sequence[Record], request: Request) -> Iterator[str]:
-    """One commit without changes, one kind of device, one set of versions."""
+    """One commit without changes; under one ruleset one kind of device and one set of versions too."""
     dirty = sum((r.commit or "").endswith("+") for r in records)
     if dirty:
         yield f"{dirty} runs are of a changed source tree; commit or undo the changes and run them again"
     nowhere = sum(r.commit is None for r in records)
     if nowhere:
         yield f"{nowhere} runs do not know their commit; run flowbench from a checkout"
-    finished = [r for r in records if r.status == "finished"]
-    yield from (f"{fault}; run all on one installation" for fault in mixtures(finished))
+    for ruleset in dict.fromkeys(r.ruleset for r in records):  # a search may be older than the results
+        finished = [r for r in records if r.status == "finished" and r.ruleset == ruleset]
+        yield from (f"{fault}; run all on one installation" for fault in mixtures(finished))
 
 
 def _none_twice(records: Sequence[Record], request: Request) -> Iterator[str]:
