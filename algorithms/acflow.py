@@ -63,6 +63,7 @@ from flowbench.algorithm import (
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
 from flowbench.toolkit.critic import errors_within_prompts, explained_by_sigma, sight
+from flowbench.toolkit.defaults import HAND_SEARCH
 from flowbench.toolkit.matching import state_of
 from flowbench.toolkit.seeing import CriticKind, PreviewCritic, make_critic
 from flowbench.toolkit.shaping import WEIGHTS, Kind, RewardShaping, Weighting, clipped, effective_sample_size
@@ -104,24 +105,10 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         "effective_sample_size": "(sum |w|)^2 / (n sum w^2), before centring",
     }
     defaults: ClassVar = {
-        # Found in runs of one to five seeds: docs/mini-sd3-search.md.
         "mini-sd3": Defaults(
             {"learning_rate": 3e-4, "minibatch": 128, "auxiliary_steps": 1, "ema": 0.97, "anchor_decay": 0.95},
             {"shaping": "normalize", "states_per_image": 4, "alpha": 1.0, "w2_every": 4, "warmup": 3},
-            by_reward={
-                # The truth cannot be over-optimised: more images, from the sampler that is evaluated.
-                "oracle": Defaults(
-                    {
-                        "images": 15360,
-                        "num_steps": 10,
-                        "minibatch": 256,
-                        "prompts_per_iteration": 16,
-                        "auxiliary_steps": 3,
-                        "ema": 0.98,
-                    },
-                    {"alpha": 2.0, "w2_every": 1},
-                )
-            },
+            HAND_SEARCH,
         ),
         # Not measured there; the page has the reasons at length.
         "sd3.5-medium": Defaults(

@@ -33,6 +33,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.defaults import HAND_SEARCH
 from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig, renoised
 
 
@@ -44,13 +45,12 @@ class Adrpo(Matching["Adrpo.Config"]):
         beta0: float = Field(1.0, gt=0, description="regularisation at advantage 0, in the reward's unit; ours")
 
     cfg: Config
-    # Found in runs of one to five seeds: docs/mini-sd3-search.md.
     metrics: ClassVar = {
         "strength": "mean of |A| / beta0",
     }
     defaults: ClassVar = {
         "mini-sd3": Defaults(
-            {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}
+            {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}, HAND_SEARCH
         ),
         # Images of the policy whose velocity is regressed: docs/guidance.md.
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),

@@ -38,13 +38,14 @@ from pydantic import Field
 from flowbench.algorithm import Batch, Compared, Defaults, LogUniform, Loss, Rollout, register_algorithm
 from flowbench.models.policy import Policy
 from flowbench.toolkit.critic import explained_variance
+from flowbench.toolkit.defaults import OWN_NETWORKS
 from flowbench.toolkit.policy_gradient import STEP_DEFAULTS, STEP_SEARCH_SPACE, StepConfig, StepPolicyGradient
 from flowbench.toolkit.shaping import RewardShaping
 from flowbench.toolkit.value import StepValue
 
-# The code's value takes one step per rollout, of 1e-4, in runs of 2,000 rollouts. Runs here have a hundred steps of the
-# policy: the value takes one beside each of them, on its rows, of the core's 1e-3. More would fit the same few images.
-VALUE_STEPS: Mapping[str, Any] = {"auxiliary_steps": 1}
+# OWN_NETWORKS: the code's value takes one step per rollout, of 1e-4, in runs of 2,000 rollouts. Runs here have a
+# hundred steps of the policy: the value takes one beside each of them, on its rows, of the core's 1e-3. More would fit
+# the same few images.
 
 
 @register_algorithm("dpok", paper="arXiv:2305.16381", needs={"states", "log_prob"}, family="policy-gradient")
@@ -63,11 +64,11 @@ class Dpok(StepPolicyGradient["Dpok.Config"]):
     }
     defaults: ClassVar = {
         **{
-            model: Defaults({**settings.training, **VALUE_STEPS}, settings.algorithm)
+            model: Defaults({**settings.training, **OWN_NETWORKS}, settings.algorithm, settings.log)
             for model, settings in STEP_DEFAULTS.items()
         },
         # train_online_pg.py, v_lr: here too a run has thousands of steps.
-        "sd3.5-medium": Defaults({**VALUE_STEPS, "auxiliary_learning_rate": 1e-4}),
+        "sd3.5-medium": Defaults({**OWN_NETWORKS, "auxiliary_learning_rate": 1e-4}),
     }
     search_space: ClassVar = {
         **STEP_SEARCH_SPACE,

@@ -39,6 +39,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
+from flowbench.toolkit.defaults import HAND_SEARCH
 from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, Renoised, TrailingMatching, renoised
 
 
@@ -60,7 +61,7 @@ class Nft(TrailingMatching["Nft.Config"]):
         "old_distance": "mean_d (v - v_old)^2",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "kl": 0.5}),  # docs/mini-sd3-search.md
+        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "kl": 0.5}, HAND_SEARCH),
         # NVlabs/DiffusionNFT, config/nft.py, sd3_geneval and sd3_pickscore; its sampler is a second-order solver.
         "sd3.5-medium": Defaults(
             {

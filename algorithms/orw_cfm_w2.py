@@ -46,7 +46,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import MINI_SD3_LORA
+from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA
 from flowbench.toolkit.matching import renoised
 
 PLANE: Mapping[str, Any] = {"sigma_distribution": "uniform", "epochs": 8, "ema": 0.98}
@@ -69,10 +69,10 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
         "weight": "mean of w",
     }
     defaults: ClassVar = {
-        # Found in runs of one to five seeds: docs/mini-sd3-search.md.
         "mini-sd3": Defaults(
             {**MINI_SD3_LORA, "learning_rate": 2e-3, "minibatch": 32, "epochs": 3, "reward_scale": "standardized"},
             {"tau": 5.0, "alpha": 100.0, "normalize": "none"},
+            HAND_SEARCH,
         ),
         # Images of the policy whose velocity is regressed: docs/guidance.md.
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),

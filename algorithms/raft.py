@@ -31,7 +31,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import MINI_SD3_LORA
+from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA
 from flowbench.toolkit.matching import Matching, MatchingConfig, renoised
 
 
@@ -44,7 +44,6 @@ class Raft(Matching["Raft.Config"]):
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2; paper: optional KL, off")
 
     cfg: Config
-    # Found in runs of one to five seeds: docs/mini-sd3-search.md.
     metrics: ClassVar = {
         "kept": "mean reward of the kept images above their prompt's mean",
     }
@@ -58,6 +57,7 @@ class Raft(Matching["Raft.Config"]):
                 "images_per_prompt": 16,
             },
             {"states_per_image": 16, "share": 0.0625},
+            HAND_SEARCH,
         ),
         # Images of the policy whose velocity is regressed: docs/guidance.md.
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),

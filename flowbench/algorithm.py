@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
@@ -50,19 +51,14 @@ class AlgorithmConfig(BaseModel):
 class Defaults:
     """An algorithm's settings for one model; what they do not name stays as the model's preset or `Config` has it.
 
-    training: settings of the loop, {"learning_rate": 2e-4}; algorithm: hyperparameters; by_reward: what one reward
-    alone changes. Do not write new settings by reward: they are kept for published results, and a later version will
-    refuse them, because a comparison is fair only where no setting depends on the reward's name.
+    training: settings of the loop, {"learning_rate": 2e-4}; algorithm: hyperparameters. They are the same for every
+    reward: a comparison is fair only where no setting depends on the reward's name. log: the search that they come
+    from, a folder that `flowbench tune` wrote or a page, relative to the repository; None: no search.
     """
 
     training: Mapping[str, Any] = field(default_factory=dict)
     algorithm: Mapping[str, Any] = field(default_factory=dict)
-    by_reward: Mapping[str, Defaults] = field(default_factory=dict)
-
-    def on(self, reward: str) -> Defaults:
-        """The settings for a reward, as `Config.reward` spells it: the general ones, then what that reward changes."""
-        special = self.by_reward.get(reward, Defaults())
-        return Defaults({**self.training, **special.training}, {**self.algorithm, **special.algorithm})
+    log: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,9 @@ class Uniform:
         """The smallest and the largest value."""
         return self.low, self.high
 
-    def at(self, u: float) -> float:
-        """The value at u in [0, 1): the quantile of a uniform or quasi-random number."""
-        return self.low + u * (self.high - self.low)
+    def place(self, value: float) -> float:
+        """Where a value stands between the ends, from 0 to 1."""
+        return (value - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
@@ -102,9 +98,9 @@ class LogUniform:
         """The smallest and the largest value."""
         return self.low, self.high
 
-    def at(self, u: float) -> float:
-        """The value at u in [0, 1)."""
-        return min(self.low * (self.high / self.low) ** u, self.high)
+    def place(self, value: float) -> float:
+        """Where a value's logarithm stands between those of the ends, from 0 to 1."""
+        return math.log(value / self.low) / math.log(self.high / self.low)
 
 
 @dataclass(frozen=True)
@@ -122,29 +118,31 @@ class Integers:
         """The smallest and the largest value."""
         return self.low, self.high
 
-    def at(self, u: float) -> int:
-        """The value at u in [0, 1)."""
-        return self.low + int(u * (self.high - self.low + 1))
+    def place(self, value: int) -> float:
+        """Where a value stands between the ends, from 0 to 1."""
+        return (value - self.low) / (self.high - self.low)
 
 
 @dataclass(frozen=True)
 class Choice:
     """A search dimension: these values, each as likely as another."""
 
-    values: tuple[Any, ...]
+    values: tuple[str | float | bool | None, ...]
 
     def __post_init__(self) -> None:
         if len(set(self.values)) < max(2, len(self.values)):
             raise UsageError(f"a Choice search dimension has {self.values}; give two or more different values")
+        if not all(isinstance(value, (str, int, float, type(None))) for value in self.values):
+            raise UsageError(f"a Choice search dimension has {self.values}; its values must be text, numbers or null")
 
     @property
-    def ends(self) -> tuple[Any, ...]:
+    def ends(self) -> tuple[str | float | bool | None, ...]:
         """All values: a choice has no inside."""
         return self.values
 
-    def at(self, u: float) -> Any:
-        """The value at u in [0, 1)."""
-        return self.values[int(u * len(self.values))]
+    def place(self, value: str | float | bool | None) -> float:
+        """Where a value stands in the list, from 0 to 1."""
+        return self.values.index(value) / (len(self.values) - 1)
 
 
 def _ordered(low: float, high: float) -> None:

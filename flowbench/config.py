@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
-from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.plugin_sources import is_own, sources
 from flowbench.prompts import choose_prompts
 from flowbench.prompts.needs import check_run
 from flowbench.record import RANDOM
@@ -53,11 +54,23 @@ class RunConfig(Section):
         """What the run's prompts are read from."""
         return self.prompts or preset.prompts
 
+    def protocol(self) -> EvaluationConfig:
+        """The evaluation with the noise of this run's seed: of seed k it is block k, and block 0 is the protocol's own.
+
+        So methods are paired seed by seed, and the mean over seeds is over noise too.
+        """
+        if self.seed == 0:
+            return self.evaluation
+        from flowbench.seeding import seed_for
+
+        block = seed_for(self.evaluation.seed, "noise-block", self.seed)
+        return self.evaluation.model_copy(update={"seed": block})
+
     def undivided(self) -> RunConfig:
         """The same run with the work divided as the model and the algorithm say, whatever it says itself."""
         preset, cls = load_preset(self.model, resolve=False), algorithms.get(self.algorithm).cls
-        changed = preset.settings(self.algorithm, self.reward)["training"]
-        training = {**preset.training, **_brought(cls, preset, self.reward).training, **changed}
+        changed = preset.settings(self.algorithm)["training"]
+        training = {**preset.training, **_brought(cls, preset).training, **changed}
         return self.model_copy(
             update={
                 "training": undivided(self.training, training),
@@ -82,6 +95,9 @@ class RunConfig(Section):
         used = {"clip", *term_names(self.reward)}
         known = content["preset"].get("rewards", {})
         content["preset"]["rewards"] = {name: known[name] for name in known if name in used}
+        known_sources = sources(self.algorithm, term_names(self.reward))
+        if foreign := {name: s.sha256 for name, s in known_sources.items() if not is_own(s)}:
+            content["sources"] = foreign
         if self.prompts_hash:  # what the files hold decides, not where they lie
             content["preset"]["prompts"] = self.prompts_hash
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
@@ -95,7 +111,7 @@ def undivided(section: S, usual: Mapping[str, Any] = MappingProxyType({})) -> S:
 
 def hashable(section: TrainingConfig | EvaluationConfig) -> dict[str, Any]:
     """A section's settings as they enter a hash."""
-    return _without_unused(section.model_dump(mode="json"), type(section))
+    return _without_unused(section.model_dump(mode="json", exclude=set(section.observes)), type(section))
 
 
 def _without_unused(
@@ -126,8 +142,8 @@ def resolve_config(
 ) -> RunConfig:
     """Settings from the general to the particular; each layer wins over those before it.
 
-    The general defaults, the model's, the algorithm's for that model and reward, what the model's preset changes of
-    them, then `overrides` ({"training.images": 100}).
+    The general defaults, the model's, the algorithm's for that model, what the model's preset changes of them, then
+    `overrides` ({"training.images": 100}). None depends on the reward.
 
     prompts: a set's name, folder or file in place of the model's set; splits that it lacks are not evaluated, unless
     `overrides` asks for them. Raises UsageError for an unknown name or key, a wrong type or range, or needs that
@@ -141,7 +157,7 @@ def resolve_config(
     _validate(TrainingConfig, "training", given["training"])
     _validate(EvaluationConfig, "evaluation", given["evaluation"])
     cls = algorithms.get(algorithm).cls
-    own, changed = _brought(cls, preset, spell(terms)), preset.settings(algorithm, spell(terms))
+    own, changed = _brought(cls, preset), preset.settings(algorithm)
     model_training = {**preset.training, **_default_sampler(info.needs)}
     sections: dict[str, dict[str, Any]] = {
         "training": {**model_training, **own.training, **changed["training"], **given["training"]},
@@ -168,6 +184,7 @@ def resolve_config(
     check_window(config, preset)
     check_warmup(config)
     check_judges(config.evaluation, config.reward)
+    _check_kept(config.evaluation, preset)
     trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
     check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)
     return config
@@ -191,13 +208,13 @@ def check_settings(cls: type[Algorithm[Any]], training: Mapping[str, Any], algor
     _validate(cls.Config, "algorithm", dict(algorithm))
 
 
-def _brought(cls: type[Algorithm[Any]], preset: ModelPreset, reward: str) -> Defaults:
+def _brought(cls: type[Algorithm[Any]], preset: ModelPreset) -> Defaults:
     """What the algorithm itself brings for the model, or else for the one that the model is like."""
     from flowbench.algorithm import Defaults
 
     for name in filter(None, (preset.name.removesuffix(RANDOM), preset.like)):
         if name in cls.defaults:
-            found = cls.defaults[name].on(reward)
+            found = cls.defaults[name]
             try:
                 check_settings(cls, found.training, found.algorithm)
             except UsageError as error:
@@ -214,7 +231,13 @@ def evaluation_config(preset: ModelPreset, overrides: dict[str, Any], reward: st
     given = {key.removeprefix("evaluation."): value for key, value in overrides.items()}
     config: EvaluationConfig = _validate(EvaluationConfig, "evaluation", {**preset.evaluation, **given})
     check_judges(config, reward)
+    _check_kept(config, preset)
     return config
+
+
+def _check_kept(config: EvaluationConfig, preset: ModelPreset) -> None:
+    if config.keep_images and isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' makes points and no images; leave out --keep-images")
 
 
 def _default_sampler(needs: frozenset[str]) -> dict[str, Any]:

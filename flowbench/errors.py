@@ -10,6 +10,10 @@ class UsageError(Exception):
     """The request is wrong (unknown name, bad key, wrong type); the command line exits with 2."""
 
 
+class NotApplicableError(UsageError):
+    """An algorithm needs what a reward does not have: no setting can mend that, and a table says so."""
+
+
 class RunError(Exception):
     """The request was fine but could not be carried out (missing weights, NaN reward, full disk); exit code 1."""
 

@@ -25,7 +25,8 @@ PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # A score of a run that collapsed need not be a number, and must be read back.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
 
 class Score(_Part):
@@ -150,14 +151,14 @@ class Record(_Part):
     def identity(self) -> str:
         """Ten hex digits over what decides a result, seed and machine aside: only records that share it are averaged.
 
-        Algorithm, model, reward with its weights, settings, protocol, prompts, and the source of every plug-in that is
-        not flowbench's own; what flowbench itself is, `commit` says.
+        Algorithm, model, reward, settings, protocol, prompts, and the source of every plug-in that is not flowbench's
+        own; what flowbench itself is, `commit` says. Prompts that only the points are scored on are no part of it.
         """
+        used = {"train", *self.config.get("evaluation", {}).get("splits", self.prompts)}
         foreign = {name: s.sha256 for name, s in self.sources.items() if name != PRESET and s.distribution != OWN}
         content = {
             "what": [self.algorithm, self.model, self.reward, self.config_hash, self.protocol_hash],
-            "prompts": self.prompt_hashes,
-            "weights": _weights(self.reward_provenance),
+            "prompts": {name: digest for name, digest in self.prompt_hashes.items() if name in used},
             "sources": foreign,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
@@ -165,13 +166,6 @@ class Record(_Part):
     def save(self, path: Path) -> None:
         """Write the record, to a temporary name first."""
         write_atomically(path, self.model_dump_json(indent=1) + "\n")
-
-
-def _weights(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The hashes in what a reward, or each reward of a sum, says of itself."""
-    nested = {name: _weights(value) for name, value in provenance.items() if isinstance(value, dict)}
-    found = {name: value for name, value in provenance.items() if name == "sha256"}
-    return {**found, **{name: value for name, value in nested.items() if value}}
 
 
 def load_record(path: Path) -> Record:

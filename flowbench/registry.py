@@ -18,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 from flowbench.declared import read_declaration, summary
 from flowbench.errors import UsageError, did_you_mean
 
+PLUGIN_FILE = "flowbench_plugin_"  # begins the name of the module of a plug-in file
 NEEDS = frozenset({"endpoint", "states", "log_prob", "reward_grad", "old"})
 
 OTHER = "other"
@@ -137,6 +138,16 @@ class Registry(Generic[Info]):
         if name not in self.names():
             raise UsageError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
 
+    def module(self, name: str) -> str:
+        """The module that defines the plug-in of that name, without importing it where an entry point says so.
+
+        Raises UsageError for an unknown name.
+        """
+        self.require(name)
+        if name in self.loaded:
+            return str(self.loaded[name].cls.__module__)
+        return next(p.module for p in self._points() if p.name == name)
+
     def describe(self, name: str) -> Info:
         """The metadata of the plug-in of that name, from its source where that says all, else from the plug-in.
 
@@ -175,6 +186,9 @@ class _Rewards(Registry["RewardInfo"]):
 
     def get(self, name: str) -> Plugin[RewardInfo]:
         return super().get(_plain(name))
+
+    def module(self, name: str) -> str:
+        return super().module(_plain(name))
 
 
 def _plain(name: str) -> str:
@@ -266,7 +280,7 @@ def load_plugin_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"plug-in file '{path}' does not exist")
     before = dict(algorithms.loaded), dict(rewards.loaded)
-    name = f"flowbench_plugin_{path.stem}"
+    name = f"{PLUGIN_FILE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"plug-in file '{path}' is not a Python file; its name must end in .py")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from flowbench.errors import UsageError
+from flowbench.errors import NotApplicableError, UsageError
 from flowbench.models.presets import AnalyticPreset, ModelPreset
 from flowbench.registry import algorithms, rewards
 from flowbench.terms import term_names
@@ -29,14 +29,14 @@ def check_domain(config: RunConfig, preset: ModelPreset, domain: str) -> None:
 
 
 def check_needs(needs: frozenset[str], config: RunConfig, without_gradient: list[str]) -> None:
-    """Raise UsageError where sampler or rewards do not meet an algorithm's needs."""
+    """Raise UsageError where the sampler lacks what an algorithm needs, NotApplicableError where a reward does."""
     from flowbench.models.flow import get_sampler
 
     sampler = config.training.sampler
     if not get_sampler(sampler).has_log_prob and "log_prob" in needs:
         raise UsageError(f"{config.algorithm} needs log_prob; sampler '{sampler}' has none, use 'flow-sde'")
     if "reward_grad" in needs and without_gradient:
-        raise UsageError(
+        raise NotApplicableError(
             f"{config.algorithm} needs the reward's gradient; reward '{without_gradient[0]}' has none, "
             "use for example 'clip'"
         )

@@ -13,11 +13,12 @@ class Section(BaseModel):
     """Base of the configuration's parts.
 
     added_later: settings that older records do not have; divides: those that only divide or place the work, so that
-    they change memory and time and no result.
+    they change memory and time and no result; observes: those that only say what is looked at or kept on the way.
     """
 
     added_later: ClassVar[frozenset[str]] = frozenset()
     divides: ClassVar[frozenset[str]] = frozenset()
+    observes: ClassVar[frozenset[str]] = frozenset()
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -117,12 +118,16 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The protocol: same prompts and same noise for base and tuned model. Its seed is not the training seed."""
+    """The protocol: same prompts and same noise for base and tuned model.
+
+    seed: of the noise, not of training; the run of seed k has block k of it, see `RunConfig.protocol`.
+    """
 
     added_later: ClassVar = frozenset(
         ("base_cache", "decode_batch", "guidance_scale", "judge_precision", "judges", "unguided")
     )
     divides: ClassVar = frozenset(("base_cache", "batch", "decode_batch"))
+    observes: ClassVar = frozenset(("dev_images_per_prompt", "dev_judges", "keep_images", "points"))
 
     splits: tuple[str, ...] = ("test", "compositional")
     prompts: int = Field(96, ge=2, description="prompts per split, spread over the categories")
@@ -141,4 +146,10 @@ class EvaluationConfig(Section):
         "auto", description="auto: half precision on a GPU, for a judge that allows it"
     )
     base_cache: bool = Field(True, description="whether the base model's scores are kept on disk and used again")
+    points: int = Field(
+        5, ge=0, description="points of the budget at which split dev is scored, where the prompts have one; 0 is none"
+    )
+    dev_images_per_prompt: int = Field(2, ge=2, description="of each of at most `prompts` prompts of dev, at a point")
+    dev_judges: bool = Field(True, description="whether the judges held out score at the points too")
+    keep_images: bool = Field(False, description="whether the evaluation's images are kept in the run folder")
     seed: int = 20_251

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from small import SMALL
 from flowbench.cli import main as cli
 from flowbench.config import RunConfig, resolve_config
 from flowbench.evaluation.judges import build_reward
+from flowbench.experiments import run as running
 from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy, Tuning
@@ -33,6 +36,53 @@ os.environ["FLOWBENCH_CACHE"] = "off"  # no test depends on what earlier ones ke
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads than cores slow each other down
     torch.set_num_threads(1)
+
+# As in flowbench's command: looking for garbage among the million objects of the libraries took a tenth of all tests.
+gc.set_threshold(100_000, 20, 20)
+FROZEN = {"modules": 0}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that read what a fixture of their module makes go to one worker, so that it is made once."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+        if any(f.scope == "module" for each in fixtures for f in each) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What libraries brought since the last look is never garbage, and is not looked at again."""
+    if len(sys.modules) > FROZEN["modules"] + 100:
+        gc.collect()
+        gc.freeze()
+        FROZEN["modules"] = len(sys.modules)
+
+
+PICTURES = {name: getattr(running, name) for name in ("draw", "draw_study")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """A run's own pictures take as long as the small runs of most tests, which do not look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PICTURES:
+            patch.setattr(running, name, lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[[], AbstractContextManager[None]]:
+    """For tests that do: runs made inside of it draw."""
+
+    @contextmanager
+    def drawn() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, draw in PICTURES.items():
+                patch.setattr(running, name, draw)
+            yield
+
+    return drawn
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ With two processes the script is started twice, each with its rank in the enviro
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -48,6 +49,7 @@ TRAINING: dict[str, Any] = {
     "evaluation.prompts": 5,
     "evaluation.images_per_prompt": 3,
     "evaluation.splits": ["test"],
+    "evaluation.points": 0,
 }
 
 
@@ -239,4 +241,5 @@ def save_pipeline(root: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000, 20, 20)  # as in flowbench's command
     main(Path(sys.argv[1]))

@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "evaluation.prompts": 4,
     "evaluation.images_per_prompt": 2,
     "evaluation.splits": ["test"],
+    "evaluation.points": 0,
 }
 
 

@@ -74,13 +74,6 @@ def plugin(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runs' own pictures take longer than the runs."""
-    monkeypatch.setattr("flowbench.experiments.run.draw", lambda *_: None)
-    monkeypatch.setattr("flowbench.experiments.run.draw_study", lambda *_: None)
-
-
 def run(output: Path) -> dict[str, Any]:
     """Arguments of `plan` beside algorithm, overrides and seeds."""
     return {"split": "test", "reward": "linear", "model": "gaussian", "device": "cpu", "output": output}
@@ -102,7 +95,13 @@ def test_a_study_makes_ordinary_runs_reports_failures_and_repeats_nothing(
     assert printed.count("failed: the loss of 'studied' is inf") == 2
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
-    records = find_records([tmp_path / "runs"])
+    everything = find_records([tmp_path / "runs"])
+    failed = [r for r in everything if r.status == "failed"]
+    assert [(r.seed, (r.failure or "").partition(";")[0]) for r in failed] == [
+        (0, "the loss of 'studied' is inf"),
+        (1, "the loss of 'studied' is inf"),
+    ]
+    records = [r for r in everything if r.status == "finished"]
     assert sorted((r.config["hyperparameters"]["scale"], r.seed) for r in records) == [
         (0.5, 0),
         (0.5, 1),
@@ -125,9 +124,9 @@ def test_a_study_makes_ordinary_runs_reports_failures_and_repeats_nothing(
     assert words[:3] == ["flowbench", "run", "studied"]
     assert words[-2:] == ["--set", "algorithm.scale=0.5"]
 
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("DONE")}
     assert flowbench_main(*arguments, "--format", "markdown") == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("record.json")} == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("DONE")} == made
     table = capsys.readouterr().out
     assert "| scale=1.0 (as default) | 2 |" in table
     assert "- failed: broken=true, seed 1: the loss of 'studied' is inf" in table

@@ -25,7 +25,7 @@ from flowbench.reward import Reward
 CPU = torch.device("cpu")
 TEST = load_split("shapes", "test")
 PROTOCOL = EvaluationConfig(prompts=3, images_per_prompt=2, num_steps=2)
-TIMES = {"budget", "finished", "command", "base_cached"}
+TIMES = {"budget", "finished", "command", "base_cached", "costs", "points"}
 
 
 @pytest.fixture(autouse=True)
@@ -157,19 +157,24 @@ def test_scores_that_were_made_in_smaller_portions_are_not_kept(
 def config(preset_file: str) -> Callable[..., RunConfig]:
     def make(**overrides: Any) -> RunConfig:
         settings = {"training.images": 8, "training.prompts_per_iteration": 2, "evaluation.prompts": 2}
-        settings |= {"evaluation.images_per_prompt": 2, "evaluation.judges": ["clip", "oracle"]}
+        settings |= {"evaluation.points": 1, "evaluation.images_per_prompt": 2, "evaluation.judges": ["clip", "oracle"]}
         settings |= {name.replace("__", "."): value for name, value in overrides.items()}
         return resolve_config("orw-cfm-w2", "jpeg", preset_file, overrides=settings, device="cpu")
 
     return make
 
 
-def test_a_run_with_kept_scores_has_the_same_record_and_says_so(config: Callable[..., RunConfig], tmp_path: Path):
+def test_a_run_with_kept_scores_has_the_same_record_and_says_so(
+    config: Callable[..., RunConfig], tmp_path: Path, pictures: Callable
+):
     def run(name: str) -> Record:
-        return execute(config(), tmp_path / name, "", resume=False)
+        with pictures():
+            return execute(config(), tmp_path / name, "", resume=False)
 
     first, second = run("first"), run("second")
     assert (first.base_cached, second.base_cached) == ((), ("test", "compositional"))
     assert second.model_dump(exclude=TIMES) == first.model_dump(exclude=TIMES)
+    assert first.dev_base
+    assert [p.scores for p in second.points] == [p.scores for p in first.points]
     grids = [(tmp_path / name / "samples" / "test.png").read_bytes() for name in ("first", "second")]
     assert grids[0] == grids[1]

@@ -83,13 +83,18 @@ def processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def best_of(tries: int, *arguments: str) -> tuple[subprocess.CompletedProcess, float]:
-    """The fastest of several runs, since other processes may use the machine."""
-    return min((run_process(*arguments) for _ in range(tries)), key=lambda pair: pair[1])
+def best_of(tries: int, limit: float, *arguments: str) -> tuple[subprocess.CompletedProcess, float]:
+    """The first of several runs below a limit, else the fastest, since other processes may use the machine."""
+    done = []
+    for _ in range(tries):
+        done.append(run_process(*arguments))
+        if done[-1][1] < limit:
+            break
+    return min(done, key=lambda pair: pair[1])
 
 
 def test_help_is_there_at_once():
-    done, seconds = best_of(4, "--help")
+    done, seconds = best_of(4, 0.7, "--help")
     assert done.returncode == 0
     for command in ("run", "evaluate", "sample", "list", "leaderboard", "doctor", "testbed"):
         assert command in done.stdout
@@ -109,7 +114,7 @@ def test_help_is_there_at_once():
     ],
 )
 def test_a_misspelling_is_answered_within_a_second_in_one_line(arguments: list[str], answer: str):
-    done, seconds = best_of(3, *arguments)
+    done, seconds = best_of(3, 1.0, *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"flowbench: {answer}"]
     assert done.stdout == ""
@@ -134,6 +139,7 @@ def test_a_misspelling_is_answered_within_a_second_in_one_line(arguments: list[s
         (["run", "acflow", "--plugin", "absent.py"], 2, "plug-in file 'absent.py' does not exist"),
         (["run", "acflow", "--device", "tpu"], 2, "device 'tpu' cannot be used"),
         (["leaderboard", "--format", "pdf"], 2, "unknown format 'pdf'"),
+        (["ablate", "acflow", "--table", "t.md"], 2, "--table writes a file; add --format markdown"),
     ],
 )
 def test_wrong_usage_exits_with_two_and_one_line_that_names_it(
@@ -238,7 +244,8 @@ def test_an_algorithm_in_a_file_of_its_own_runs(
     assert len(ALGORITHM.strip().splitlines()) <= 40
     plugin = tmp_path / "best_half.py"
     plugin.write_text(ALGORITHM, encoding="utf-8")
-    arguments = ["--reward", "jpeg", "--model", preset_file, *settings(algorithm__strength=2.0)]
+    brief = settings(algorithm__strength=2.0, evaluation__judges=[])
+    arguments = ["--reward", "jpeg", "--model", preset_file, *brief]
     assert flowbench_main("run", "best-half", "--plugin", plugin, *arguments, "--output", tmp_path / "runs") == 0
     (path,) = (tmp_path / "runs").rglob("record.json")
     record = load_record(path)
@@ -256,7 +263,8 @@ def test_a_reward_in_a_package_of_its_own_runs(tmp_path: Path, settings: Setting
     (site / "greenness_reward.py").write_text(REWARD, encoding="utf-8")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: greenness-reward\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text("[flowbench.rewards]\ngreenness = greenness_reward\n", encoding="utf-8")
-    arguments = ["--model", preset_file, "--device", "cpu", *settings(), "--output", tmp_path / "runs"]
+    brief = settings(training__images=16, evaluation__judges=[])
+    arguments = ["--model", preset_file, "--device", "cpu", *brief, "--output", tmp_path / "runs"]
     done, _ = run_process("run", "orw-cfm-w2", "--reward", "greenness", *arguments, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -268,7 +276,8 @@ def test_a_reward_in_a_package_of_its_own_runs(tmp_path: Path, settings: Setting
 def test_a_runs_own_configuration_file_repeats_it(
     flowbench_main: Main, tmp_path: Path, settings: Settings, preset_file: str
 ):
-    arguments = ["--reward", "jpeg", "--model", preset_file, "--seed", "6", *settings(training__images=16)]
+    arguments = ["--reward", "jpeg", "--model", preset_file, "--seed", "6"]
+    arguments += settings(training__images=16, evaluation__judges=["oracle"])
     assert flowbench_main("run", "orw-cfm-w2", *arguments, "--output", tmp_path / "one") == 0
     (first,) = (tmp_path / "one").rglob("record.json")
     again = ["--config", first.parent / "config.yaml", "--output", tmp_path / "two"]
@@ -323,6 +332,8 @@ def test_a_wrong_value_in_a_configuration_file_is_wrong_usage(
         ("rewards", ["clip", "jpeg", "oracle"]),
         ("models", ["gaussian", "mini-sd3", "mixture", "sd3-medium", "sd3.5-large", "sd3.5-medium"]),
         ("prompts", ["shapes", "compositional"]),
+        ("workloads", ["shapes-clip", "plane-quadratic"]),
+        ("defaults", ["acflow", "docs/mini-sd3-search.md", "training.learning_rate=", "no search"]),
     ],
 )
 def test_lists_name_everything(what: str, expected: list[str]):

@@ -67,6 +67,25 @@ CASES = {
         2,
         "unknown format 'pdf'",
     ),
+    "compare": Case(
+        [
+            *("raft", "nft", "--model", "gaussian", "--rewards", "linear", "--seeds", "1", "--images", "64"),
+            *(part for setting in TINY for part in ("--set", setting)),
+        ],
+        "raft",
+        ["raft"],
+        2,
+        "name two or more different algorithms",
+    ),
+    "tune": Case(
+        ["raft", "--workload", "plane-linear", "--trials", "2", "--dry-run"],
+        "trials: 2; the rules have 20",
+        ["raft", "--sampler", "grid"],
+        2,
+        "unknown sampler 'grid'",
+    ),
+    "suite run": Case(["rehearsal", "--dry-run"], "in 24 runs", ["rehersal"], 2, "did you mean 'rehearsal'"),
+    "suite show": Case(["rehearsal"], "24 missing", ["absent.yaml"], 2, "'absent.yaml' is not a suite"),
     "check": Case(["jpeg"], "pass", ["jpge"], 2, "did you mean 'jpeg'"),
     "probe": Case(
         ["draft", "--model", "gaussian", "--reward", "linear", "--batches", "3"],
@@ -188,7 +207,15 @@ def test_every_command_stands_here():
     assert set(commands(typer.main.get_command(cli.app))) == set(CASES)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.works is not None and not case.until])
+def working() -> Iterator[Any]:
+    """The commands that come to an end; those that read the finished run are tested by one worker, which makes it."""
+    for name, case in CASES.items():
+        if case.works is not None and not case.until:
+            shared = [pytest.mark.xdist_group("commands")] if "{run}" in case.works else []
+            yield pytest.param(name, marks=shared)
+
+
+@pytest.mark.parametrize("name", working())
 def test_a_command_works_in_a_process_of_its_own(
     name: str, tmp_path: Path, place: Path, request: pytest.FixtureRequest
 ):

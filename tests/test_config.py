@@ -105,13 +105,6 @@ def test_a_window_of_stochastic_steps_needs_a_stochastic_sampler_and_more_steps_
     assert resolve("ddpo", training__sde_window=7).training.sde_window == 7
 
 
-def test_an_algorithms_settings_for_one_reward_hold_for_that_reward_alone():
-    general, special = (resolve_config("acflow", reward, "mini-sd3", overrides={}) for reward in ("clip", "oracle"))
-    assert special.training.images > general.training.images
-    assert special.hyperparameters["alpha"] > general.hyperparameters["alpha"]
-    assert resolve_config("acflow", "oracle", "mini-sd3", overrides={"training.images": 640}).training.images == 640
-
-
 def test_an_option_that_came_later_leaves_older_hashes_as_they_were(scheduler_grid: None):
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
     config = resolve_config("online-dpo", "clip", "mini-sd3", overrides={})

@@ -34,6 +34,7 @@ from flowbench.toolkit.matching import renoised
 
 Main = Callable[..., int]
 # Their updates have a row per sampler step, so that they take longer to learn.
+BRIEF = {model: Defaults({"images": 2560}) for model in ("gaussian", "mixture")}  # enough to see what is badly wrong
 LONG = {"acflow", "ddpo", "dpok", "flow-grpo", "orw-cfm-w2"}
 
 
@@ -230,15 +231,20 @@ class GlobalRandomness(Sound):
 
 
 class Descends(Sound):
+    defaults: ClassVar = BRIEF
+
     def prepare(self, rollout: Rollout) -> Batch:
         return endpoints(rollout, -rollout.center(rollout.reward))
 
 
 class SaysThatItIsAnchored(Sound):
+    defaults: ClassVar = BRIEF
     anchored: ClassVar = True
 
 
 class ShiftsItsSamples(Sound):
+    defaults: ClassVar = BRIEF
+
     def setup(self, policy: Policy) -> None:
         super().setup(policy)
         policy.decode = lambda latents: latents + 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,13 +67,31 @@ def test_every_default_and_every_end_of_a_search_dimension_is_accepted(name: str
 
 @pytest.mark.parametrize(("name", "model"), DECLARED)
 def test_an_algorithms_defaults_for_a_model_are_in_force(name: str, model: str):
-    general = algorithms.get(name).cls.defaults[model]
+    expected = algorithms.get(name).cls.defaults[model]
     assert model in preset_names()
-    for reward in (None, *general.by_reward):
-        config, expected = resolve(name, model, reward), general.on(reward or "")
-        training = config.training.model_dump(mode="json")
-        assert {key: training[key] for key in expected.training} == dict(expected.training)
-        assert {key: config.hyperparameters[key] for key in expected.algorithm} == dict(expected.algorithm)
+    config = resolve(name, model)
+    training = config.training.model_dump(mode="json")
+    assert {key: training[key] for key in expected.training} == dict(expected.training)
+    assert {key: config.hyperparameters[key] for key in expected.algorithm} == dict(expected.algorithm)
+
+
+@pytest.mark.parametrize(("name", "model"), DECLARED)
+def test_no_setting_depends_on_the_rewards_name(name: str, model: str):
+    plane = isinstance(load_preset(model), AnalyticPreset)
+    first, second = (resolve(name, model, r) for r in (("linear", "quadratic") if plane else ("clip", "aesthetic")))
+    assert (first.training, first.hyperparameters) == (second.training, second.hyperparameters)
+
+
+@pytest.mark.parametrize(("name", "model"), DECLARED)
+def test_defaults_name_a_search_that_can_be_read(name: str, model: str):
+    log = algorithms.get(name).cls.defaults[model].log
+    assert log is None or (Path(__file__).parent.parent / log).exists()
+
+
+def test_a_preset_with_settings_by_reward_is_refused(tmp_path: Path):
+    path = model_file(tmp_path, algorithms={"nft": {"rewards": {"clip": {"training": {"minibatch": 16}}}}})
+    with pytest.raises(UsageError, match="settings of nft under 'rewards'; use training and algorithm"):
+        load_preset(path)
 
 
 @pytest.mark.parametrize("name", algorithms.names())
@@ -181,10 +198,6 @@ def test_wrong_defaults_are_laid_at_the_algorithms_door(clean_registry: None):
             "its defaults for m are refused: unknown setting 'training.min",
         ),
         ({"defaults": {"m": Defaults({}, {"tau": 0})}}, "its defaults for m are refused: setting 'algorithm.tau' = 0"),
-        (
-            {"defaults": {"m": Defaults(by_reward={"oracle": Defaults({}, {"tua": 1})})}},
-            "its defaults for m on oracle are refused: unknown setting 'algorithm.tua'; did you mean 'tau'",
-        ),
         ({"defaults": {"m": {"tau": 1}}}, r"its defaults for m are a dict; write Defaults\("),
         ({"search_space": {"algorithm.tua": Uniform(1, 2)}}, "'algorithm.tua' reaches 1, .*; did you mean 'tau'"),
         ({"search_space": {"algorithm.tau": Uniform(1, 20)}}, "'algorithm.tau' reaches 20, which is refused"),
@@ -214,6 +227,10 @@ def test_a_wrong_declaration_is_a_finding_that_names_it(attributes: dict[str, An
         (lambda: Integers(2, 1), "goes from 2 to 1"),
         (lambda: Choice((1,)), "give two or more different values"),
         (lambda: Choice((1, 1)), "give two or more different values"),
+        (
+            lambda: Choice(((0.5, 1.0), (0.8, 0.3))),
+            "a Choice search dimension has .*; its values must be text, numbers",
+        ),
     ],
 )
 def test_a_dimension_without_an_inside_is_refused(make: Any, complaint: str):
@@ -221,21 +238,18 @@ def test_a_dimension_without_an_inside_is_refused(make: Any, complaint: str):
         make()
 
 
-# --- what a dimension draws -------------------------------------------------------------------------------------------
+# --- where a value stands in a dimension ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("dimension", "expected"),
+    ("dimension", "values"),
     [
-        (Uniform(-1.0, 3.0), [-1.0, 0.0, 1.0, 2.0]),
-        (LogUniform(0.01, 100.0), [0.01, 0.1, 1.0, 10.0]),
-        (Integers(3, 6), [3, 4, 5, 6]),
-        (Choice(("a", None, 0.5, "b")), ["a", None, 0.5, "b"]),
+        (Uniform(-1.0, 3.0), [-1.0, 0.0, 1.0, 2.0, 3.0]),
+        (LogUniform(0.01, 100.0), [0.01, 0.1, 1.0, 10.0, 100.0]),
+        (Integers(3, 7), [3, 4, 5, 6, 7]),
+        (Choice(("a", None, 0.5, "b", True)), ["a", None, 0.5, "b", True]),
     ],
 )
-def test_a_dimension_maps_quarters_to_its_quartiles(dimension: Dimension, expected: list[Any]):
-    found = [dimension.at(u) for u in (0.0, 0.25, 0.5, 0.75)]
-    assert found == (pytest.approx(expected) if isinstance(expected[-1], float) else expected)
-    assert dimension.ends[0] == dimension.at(0.0)
-    last = dimension.at(math.nextafter(1.0, 0.0))
-    assert last == (pytest.approx(dimension.ends[-1]) if isinstance(last, float) else dimension.ends[-1])
+def test_a_dimension_places_its_quartiles_at_quarters(dimension: Dimension, values: list[Any]):
+    assert [dimension.place(value) for value in values] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert (dimension.ends[0], dimension.ends[-1]) == (values[0], values[-1])

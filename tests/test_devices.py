@@ -147,6 +147,7 @@ def test_a_moving_anchor_changes_what_a_method_with_a_reference_term_learns(
     ends = []
     for decay in (None, 0.0):
         overrides = {"training.anchor_decay": decay, "training.learning_rate": 1e-3, "training.max_grad_norm": 1e9}
+        overrides |= {"training.prompts_per_iteration": 1, "training.images": 8, "training.minibatch": 16}
         trainer = make_trainer(tiny_config(name, overrides=overrides), tmp_path / str(decay))
         trainer.run()
         ends.append(torch.cat([p.flatten() for p in weights(trainer.policy, "current")]))

@@ -244,6 +244,14 @@ def test_a_record_given_twice_counts_once_and_of_different_results_the_newest():
     assert found.notes == ("several results of the same run, the newest is shown: acflow seed 0",)
 
 
+def test_seeds_of_other_weights_are_not_taken_for_the_same_run():
+    found = board(
+        [record(reward_provenance={"sha256": "one"}), record(reward_provenance={"sha256": "other"}, gain=0.3)]
+    )
+    assert [len(table.rows) for table in found.tables] == [1, 1]
+    assert found.notes == ()
+
+
 def test_rows_of_one_algorithm_are_told_apart_by_what_differs():
     one, other = ({"training": {"ema": e, "images": 640}, "hyperparameters": {"tau": 1.0}} for e in (0.97, 0.98))
     records = [record(config=one), record(config=other, config_hash="other"), record("ddpo")]

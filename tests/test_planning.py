@@ -25,6 +25,7 @@ from flowbench.experiments.planning.plan import (
     phases_of,
     usable,
 )
+from flowbench.experiments.planning.repeats import skip_repeats
 from flowbench.experiments.planning.storages import META, Meter, simulated
 from flowbench.models.families.random_init import RandomText, blueprint, network, random_pipeline
 from flowbench.models.policy import Policy
@@ -54,6 +55,37 @@ def test_a_storage_counts_from_the_operation_that_makes_it_to_its_end():
         meter.start()
         z = z @ z
     assert meter.peak == 4096 + 512
+
+
+def test_a_repeated_block_runs_once_without_gradient_and_counts_as_often_as_it_stands_there():
+    class Block(torch.nn.Module):
+        runs = 0
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.rise, self.fall = torch.nn.Linear(64, width), torch.nn.Linear(width, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Block.runs += 1
+            return x + self.fall(torch.relu(self.rise(x)))
+
+    def taken(remember: bool, grad: bool) -> tuple[int, int, int, int]:
+        Block.runs = 0
+        with Meter() as meter, META, torch.set_grad_enabled(grad):
+            blocks = torch.nn.Sequential(*(Block(width) for width in (128, 128, 256, 256, 256)))
+            x = torch.empty(8, 64)
+            meter.start()
+            if remember:
+                skip_repeats(meter, [blocks])
+            out = blocks(x)
+            assert out.shape == x.shape
+            return meter.peak, meter.live, meter.flops, Block.runs
+
+    plain, remembered = taken(False, False), taken(True, False)
+    assert remembered[:3] == plain[:3]
+    assert plain[3] == 5
+    assert remembered[3] == 2
+    assert taken(True, True) == taken(False, True)
 
 
 def test_products_of_matrices_are_counted_in_multiplications_and_additions():
@@ -119,6 +151,17 @@ def test_a_run_makes_the_images_and_function_evaluations_that_were_computed(
     made = counts.training.images * computed.rows
     assert trainer.budget.images == counts.training.images
     assert trainer.policy.function_evaluations == counts.training.total + made * sum(computed.evaluations.values())
+
+
+def test_the_images_of_the_points_are_counted_with_the_base_models(tiny_config: Callable[..., RunConfig]):
+    def on_dev(**settings: object) -> int | None:
+        given = {f"evaluation.{name}": value for name, value in settings.items()}
+        counts = count(tiny_config("raft", "jpeg", overrides=given))
+        return counts.dev and counts.dev.images
+
+    assert on_dev(points=0) is None
+    assert on_dev(points=1) == 2 * 4 * 2  # base and point, four prompts, two images
+    assert on_dev(points=5, dev_images_per_prompt=3) == 3 * 4 * 3  # no more points than the two iterations
 
 
 def test_the_images_of_an_evaluation_are_counted_exactly(shared_policy: Policy, preset_file: str):

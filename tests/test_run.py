@@ -47,7 +47,9 @@ class Slow(Reward):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig) -> tuple[Path, Record, RunConfig]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig, pictures: Callable
+) -> tuple[Path, Record, RunConfig]:
     """A run of AC-Flow on CLIP with 128 images, evaluated on two splits."""
     overrides = {
         "training.images": 128,
@@ -60,7 +62,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: MakeConfig) 
     }
     config = tiny_config("acflow", "clip", seed=3, overrides=overrides)
     folder = run_folder(tmp_path_factory.mktemp("runs"), config)
-    return folder, execute(config, folder, "flowbench run acflow", resume=False), config
+    with pictures():
+        return folder, execute(config, folder, "flowbench run acflow", resume=False), config
 
 
 def test_a_run_folder_answers_what_produced_it(finished: tuple):
@@ -104,7 +107,7 @@ def test_the_truth_of_the_images_trained_on_is_logged_now_and_then(finished: tup
 
 
 def test_a_run_on_the_truth_itself_logs_no_truth_beside_it(tiny_config: MakeConfig, tmp_path: Path):
-    config = tiny_config("raft", "oracle")
+    config = tiny_config("raft", "oracle", overrides={"evaluation.judges": []})
     execute(config, tmp_path / "run", "", resume=False)
     assert "oracle_exact" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
@@ -173,7 +176,7 @@ def test_a_run_that_does_not_exist_is_not_continued(tmp_path: Path, tiny_config:
 
 
 def test_an_unfinished_run_is_continued_only_on_request(tmp_path: Path, tiny_config: MakeConfig):
-    config = tiny_config("orw-cfm-w2", overrides={"training.checkpoint_every": 1})
+    config = tiny_config("orw-cfm-w2", overrides={"training.checkpoint_every": 1, "evaluation.judges": []})
 
     def fail(log: Any) -> None:
         raise MemoryError
@@ -192,7 +195,7 @@ def test_an_unfinished_run_is_continued_only_on_request(tmp_path: Path, tiny_con
 def test_a_run_that_was_interrupted_while_evaluating_only_evaluates_when_resumed(
     tmp_path: Path, tiny_config: MakeConfig
 ):
-    config = tiny_config("orw-cfm-w2", overrides={"training.ema": 0.5})
+    config = tiny_config("orw-cfm-w2", overrides={"training.ema": 0.5, "evaluation.judges": ["oracle"]})
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -208,7 +211,7 @@ def test_a_run_that_was_interrupted_while_evaluating_only_evaluates_when_resumed
 def test_a_lora_run_leaves_weights_that_diffusers_loads(tmp_path: Path, tiny_config: MakeConfig, preset: Any):
     from flowbench.models.families import load_pipeline
 
-    overrides = {"training.tuning": "lora", "training.lora_rank": 4, "training.images": 16}
+    overrides = {"training.tuning": "lora", "training.lora_rank": 4, "training.images": 16, "evaluation.judges": []}
     config = tiny_config("orw-cfm-w2", overrides=overrides)
     record = execute(config, tmp_path, "", resume=False)
     assert record.scores["w2/test"].tuned > 0
@@ -234,7 +237,13 @@ def test_an_interrupted_process_continues_bit_for_bit(
     plugin = tmp_path / "slow.py"
     plugin.write_text(SLOW_REWARD, encoding="utf-8")
     arguments = ["run", "orw-cfm-w2", "--reward", "slow", "--plugin", plugin, "--model", preset_file]
-    arguments += ["--device", "cpu", "--images", "64", *settings(training__checkpoint_every=100)]
+    arguments += [
+        "--device",
+        "cpu",
+        "--images",
+        "64",
+        *settings(training__checkpoint_every=100, evaluation__judges=["oracle"]),
+    ]
 
     process = flowbench_process(*arguments, "--output", tmp_path / "parts", FLOWBENCH_TEST_PLACE=str(tmp_path))
     deadline = time.monotonic() + 120

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,22 +345,17 @@ def test_gated_weights_are_one_line_with_the_licences_page_and_what_to_do(
         assert part in line
 
 
-def test_missing_weights_are_one_line_with_the_remedy_and_exit_code_1(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "FLOWBENCH_WEIGHTS": str(tmp_path)}
-    command = [
-        sys.executable,
-        "-m",
-        "flowbench",
-        "run",
-        "orw-cfm-w2",
-        "--reward",
-        "jpeg",
-        "--model",
-        "sd3-medium",
-    ]
-    done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    (line,) = done.stderr.strip().splitlines()
+def test_missing_weights_are_one_line_with_the_remedy_and_exit_code_1(
+    tmp_path: Path, flowbench_main: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for constants in ("huggingface_hub.constants", "diffusers.utils.constants", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setenv("FLOWBENCH_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "orw-cfm-w2", "--reward", "jpeg", "--model", "sd3-medium", "--device", "cpu"]
+    assert flowbench_main(*command) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert "sd3-medium" in line
     assert f"hf download {HUB_ID}" in line
     assert "FLOWBENCH_WEIGHTS" in line

@@ -84,13 +84,19 @@ def events(folder: Path) -> Any:
 
 
 def test_tensorboard_has_log_scores_samples_and_settings_of_a_run_that_another_tracker_failed(
-    fake: type[Fake], flowbench_main: Main, preset_file: str, settings: Callable[..., list[str]], tmp_path: Path
+    fake: type[Fake],
+    flowbench_main: Main,
+    preset_file: str,
+    settings: Callable[..., list[str]],
+    tmp_path: Path,
+    pictures: Callable,
 ) -> None:
     pytest.importorskip("tensorboard")
     fake.fails = "log"
     command = ["run", "orw-cfm-w2", "--reward", "jpeg", "--model", preset_file, "--device", "cpu"]
     command += [*settings(evaluation__judges=[]), "--output", str(tmp_path), "--track", "fake,tensorboard"]
-    assert flowbench_main(*command) == 0
+    with pictures():
+        assert flowbench_main(*command) == 0
     assert [method for method, _ in fake.told][-2:] == ["store_init_configuration", "log"]
     (path,) = tmp_path.rglob("record.json")
     folder, record = path.parent, Record.model_validate_json(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flowbench.models.policy import Policy
 from flowbench.registry import algorithms
 from flowbench.reward import Reward, checked_score, register_reward
 from flowbench.rollout import Conditioning
+from flowbench.training.budget import Budget
 from flowbench.training.checkpoint import CHECKPOINT
 from flowbench.training.collect import stochastic_steps
 from flowbench.training.rows import shuffled
@@ -70,37 +72,68 @@ def failing_reward(clean_registry: None) -> type[Reward]:
     return Brittle
 
 
-@pytest.mark.parametrize("algorithm", algorithms.names())
+@dataclass(frozen=True)
+class Ended:
+    """What a run of three iterations without interruption left. moved: whether it changed the policy's weights."""
+
+    folder: Path
+    budget: Budget
+    moved: bool
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[tuple[str, str], Ended]:
+    """The runs made so far, by algorithm and tuning."""
+    return {}
+
+
+@pytest.fixture
+def uninterrupted(
+    ended: dict[tuple[str, str], Ended],
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: MakeConfig,
+    make_trainer: MakeTrainer,
+    clip: Reward,
+) -> Callable[[str, str], Ended]:
+    """The run of an algorithm with that tuning, made once."""
+
+    def made(algorithm: str, tuning: str) -> Ended:
+        if (algorithm, tuning) not in ended:
+            folder = tmp_path_factory.mktemp("whole")
+            trainer = make_trainer(tuned_config(tiny_config, algorithm, tuning), folder, clip)
+            before = copy.deepcopy(trainer.updater.parameters)
+            budget = trainer.run()
+            ended[algorithm, tuning] = Ended(folder, budget, changed(trainer.updater.parameters, before))
+        return ended[algorithm, tuning]
+
+    return made
+
+
+def tuned_config(tiny_config: MakeConfig, algorithm: str, tuning: str) -> RunConfig:
+    extra = {"training.tuning": tuning, "training.lora_rank": 4}
+    return tiny_config(algorithm, "clip", overrides={**settings_for(algorithm), **extra})
+
+
+def runs(*cases: tuple[str, ...]) -> list[Any]:
+    """Parameters of which those of one algorithm are tested by one worker, which makes its run once."""
+    return [pytest.param(*case, marks=pytest.mark.xdist_group(f"trainer-{case[0]}")) for case in cases]
+
+
+@pytest.mark.parametrize("algorithm", runs(*((name,) for name in algorithms.names())))
 def test_every_algorithm_trains_with_finite_metrics_and_changes_the_policy(
-    algorithm: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog, clip: Reward
+    algorithm: str, uninterrupted: Callable[[str, str], Ended], read_log: ReadLog
 ):
-    trainer = make_trainer(tiny_config(algorithm, "clip", overrides=settings_for(algorithm)), tmp_path, clip)
-    before = copy.deepcopy(trainer.updater.parameters)
-    budget = trainer.run()
-    lines = read_log(tmp_path)
+    run = uninterrupted(algorithm, "full")
+    lines = read_log(run.folder)
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     assert [line["images"] for line in lines] == [8, 16, 24]
     for line in lines:
         assert all(math.isfinite(v) for v in (line["reward"], line["reward_std"], *line["metrics"].values()))
-    assert changed(trainer.updater.parameters, before)
-    assert budget.images == 24
+    assert run.moved
+    assert run.budget.images == 24
     through_the_reward = "reward_grad" in algorithms.get(algorithm).info.needs
-    assert budget.reward_calls > 24 if through_the_reward else budget.reward_calls == 24
-    assert budget.function_evaluations >= 24 * 4
-
-
-@pytest.mark.parametrize("algorithm", algorithms.names())
-def test_a_seed_decides_every_metric_and_every_weight(
-    algorithm: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog, clip: Reward
-):
-    settings = {**settings_for(algorithm), "training.images": 16}
-    config = tiny_config(algorithm, "clip", overrides=settings)
-    one, two = (make_trainer(config, tmp_path / name, clip) for name in ("one", "two"))
-    one.run()
-    torch.rand(7)  # the global generator is nobody's source
-    two.run()
-    assert read_log(tmp_path / "one") == read_log(tmp_path / "two")
-    assert not changed(one.updater.parameters, two.updater.parameters)
+    assert run.budget.reward_calls > 24 if through_the_reward else run.budget.reward_calls == 24
+    assert run.budget.function_evaluations >= 24 * 4
 
 
 def test_another_seed_gives_another_run(
@@ -113,28 +146,34 @@ def test_another_seed_gives_another_run(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "tuning"), [*((name, "full") for name in algorithms.names()), ("acflow", "lora"), ("awm", "lora")]
+    ("algorithm", "tuning"), runs(*((name, "full") for name in algorithms.names()), ("acflow", "lora"), ("awm", "lora"))
 )
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
-    algorithm: str, tuning: str, tmp_path: Path, tiny_config: MakeConfig, make_trainer: MakeTrainer, read_log: ReadLog
+def test_a_seed_decides_every_metric_and_every_weight_bit_for_bit_stopped_and_resumed_or_not(
+    algorithm: str,
+    tuning: str,
+    uninterrupted: Callable[[str, str], Ended],
+    tmp_path: Path,
+    tiny_config: MakeConfig,
+    make_trainer: MakeTrainer,
+    read_log: ReadLog,
+    clip: Reward,
 ):
-    extra = {"training.tuning": tuning, "training.lora_rank": 4}
-    config = tiny_config(algorithm, "clip", overrides={**settings_for(algorithm), **extra})
-    whole = make_trainer(config, tmp_path / "whole")
-    whole.run()
-
-    first = make_trainer(config, tmp_path / "parts")
+    whole, config = uninterrupted(algorithm, tuning), tuned_config(tiny_config, algorithm, tuning)
+    torch.rand(7)  # the global generator is nobody's source
+    first = make_trainer(config, tmp_path, clip)
     first.on_iteration = lambda log: setattr(first.stop, "made", log.iteration == 1)
     with pytest.raises(RunInterruptedError, match="interrupted after iteration 1 of 3"):
         first.run()
-    second = make_trainer(config, tmp_path / "parts")
+    torch.rand(7)
+    second = make_trainer(config, tmp_path, clip)
     assert second.resume()
     assert second.iteration == 1
     assert second.run().images == 24
-    assert not changed(second.updater.parameters, whole.updater.parameters)
-    assert not changed(second.updater.average.weights, whole.updater.average.weights)
-    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
-    assert_equal_trees(*(load_state(tmp_path / name / CHECKPOINT) for name in ("parts", "whole")))
+    one, other = (load_state(folder / CHECKPOINT) for folder in (tmp_path, whole.folder))
+    assert_equal_trees(one, other)
+    assert not changed(second.updater.parameters, other["policy"]["current"])
+    assert not changed(second.updater.average.weights, other["average"])
+    assert read_log(tmp_path) == read_log(whole.folder)
 
 
 def assert_equal_trees(a: Any, b: Any, path: str = "") -> None:

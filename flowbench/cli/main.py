@@ -22,10 +22,13 @@ from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
+from flowbench.cli import suites as cli_suites
 from flowbench.cli import testbed as cli_testbed
+from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
     DeviceOption,
     JsonOption,
+    KeepImagesOption,
     MemoryLimitOption,
     OutputOption,
     PluginOption,
@@ -50,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_rewards.app, name="rewards")
+app.add_typer(cli_suites.app, name="suite")
 
 
 @app.command()
@@ -72,13 +76,14 @@ def run(
     memory_limit: MemoryLimitOption = None,
     tflops: TflopsOption = None,
     random_init: RandomInitOption = False,
+    keep_images: KeepImagesOption = False,
     json_: JsonOption = None,
 ) -> None:
     """Fine-tune a model on a reward, evaluate it against its base, and write a record."""
     from flowbench.cli.display import runs as display
     from flowbench.settings import parse_assignments
 
-    given = parse_assignments(settings)
+    given = parse_assignments(settings) | ({"evaluation.keep_images": True} if keep_images else {})
     resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts, random_init)
     resolved, planned = cli_planning.planned(resolved, dry_run, memory, memory_limit, tflops, json_)
     trackers = api.choose_trackers(track)
@@ -108,6 +113,7 @@ def evaluate(
     device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    keep_images: KeepImagesOption = False,
 ) -> None:
     """Score a run's base and tuned model again with the run's own protocol, or score other weights or images."""
     from flowbench.cli.display import runs as display
@@ -116,7 +122,8 @@ def evaluate(
 
     with EvaluationProgress() as progress:
         result = api.evaluate(
-            path, model, parse_assignments(settings), device, plugin, output, prompts, progress=progress
+            *(path, model, parse_assignments(settings), device, plugin, output, prompts, keep_images),
+            progress=progress,
         )
     display.evaluation(result)
 
@@ -138,7 +145,9 @@ def sample(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="algorithms, rewards, models, prompts or runs.")] = "algorithms",
+    what: Annotated[
+        str, typer.Argument(help="algorithms, rewards, models, prompts, workloads, defaults or runs.")
+    ] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
 ) -> None:
@@ -152,9 +161,11 @@ def list_(
 
 
 app.command()(cli_leaderboard.leaderboard)
+app.command()(cli_tune.tune)
 app.command()(cli_page.page)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
+app.command()(cli_suites.compare)
 app.command()(cli_probe.probe)
 app.command()(cli_bench.bench)
 

@@ -22,6 +22,9 @@ TrackOption = Annotated[
 MemoryLimitOption = Annotated[
     str | None, typer.Option(metavar="24GiB", help="Divide the work so that every phase fits; results stay the same.")
 ]
+KeepImagesOption = Annotated[
+    bool, typer.Option("--keep-images", help="Keep the evaluation's images as PNG, with a table of their scores.")
+]
 TflopsOption = Annotated[float | None, typer.Option(min=0.001, help="Throughput that times are computed with.")]
 RandomInitOption = Annotated[
     bool, typer.Option("--random-init", help="The model's real configuration with random weights; to measure only.")

@@ -16,15 +16,14 @@ SEARCHED = ("training", "algorithm")  # a search must not choose how its results
 def declaration_fault(cls: type[Algorithm[Any]]) -> str | None:
     """The first fault in a sentence's rest ("its default ..."), or None.
 
-    Defaults are tried for every model, on every reward that has settings of its own. Every end of every search
-    dimension is tried with each of them, and with the settings of a model that has none.
+    Defaults are tried for every model. Every end of every search dimension is tried with each of them, and with the
+    settings of a model that has none.
     """
     settings = [("other models", Defaults())]
     for model, general in cls.defaults.items():
         if not isinstance(general, Defaults):
             return f"its defaults for {model} are a {type(general).__name__}; write Defaults(training, algorithm)"
-        settings += [(model, Defaults(general.training, general.algorithm))]
-        settings += [(f"{model} on {reward}", general.on(reward)) for reward in general.by_reward]
+        settings.append((model, general))
     for where, values in settings:
         try:
             check_settings(cls, values.training, values.algorithm)

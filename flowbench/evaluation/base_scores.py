@@ -19,7 +19,17 @@ import torch
 import flowbench
 from flowbench.caches import Cache
 from flowbench.config import EvaluationConfig
-from flowbench.evaluation.protocol import Judges, SplitScores, decode_batch, guidance_scales
+from flowbench.evaluation.album import Page
+from flowbench.evaluation.protocol import (
+    Judges,
+    Portions,
+    Progress,
+    SplitScores,
+    count_images,
+    decode_batch,
+    guidance_scales,
+    score_split,
+)
 from flowbench.models.devices import device_identity
 from flowbench.models.policy import Policy
 from flowbench.models.sources import source_identity
@@ -32,6 +42,7 @@ from flowbench.scoring.visitor import Visitor
 ROOMS = ("evaluation", "models", "prompts", "scoring", "testbeds")
 EACH = "each image's "  # before the names of tensors that have a score for each image of the grid
 UNREAD = ("name", "source", "licence", "prompts", "rewards", "training", "evaluation", "like", "algorithms")
+NO_PART = ("splits", "judges", "base_cache", "judge_precision")  # of the protocol, for one split and its judges
 
 
 class BaseScores:
@@ -41,6 +52,29 @@ class BaseScores:
         self.policy, self.judges, self.config = policy, judges, config
         self.cache = Cache("base-scores")
         self._shared = self._identity() if config.base_cache and self.cache.folder else None
+
+    def scores(
+        self,
+        split: PromptSplit,
+        progress: Progress = lambda images: None,
+        portions: Portions | None = None,
+        page: Page | None = None,
+    ) -> tuple[SplitScores, bool]:
+        """The base model's scores, and whether they are those that were kept; else they are computed, and kept.
+
+        progress, portions, page: as in `score_split`; for the images' sake they are computed in any case.
+        """
+        policy, config, portions = self.policy, self.config, portions or Portions(self.policy, self.config)
+        found = None if page else self.read(split)
+        # All processes read or all compute: one may find what another has just written.
+        missing = policy.processes.any(found is None)
+        if found is not None and not missing:
+            progress(count_images(policy, [split], config))
+            return found, True
+        computed = score_split(policy, "reference", split, self.judges, config, progress, portions, page)
+        if portions.undivided and policy.processes.is_main:
+            self.write(split, computed)
+        return computed, False
 
     def read(self, split: PromptSplit) -> SplitScores | None:
         """The scores that are kept; None if there are none of exactly this identity."""
@@ -74,7 +108,7 @@ class BaseScores:
         known = {name: _judge_identity(reward) for name, reward in self.judges.rewards.items()}
         if source is None or None in known.values():
             return None
-        protocol = config.model_dump(mode="json", exclude={"splits", "judges", "base_cache", "judge_precision"})
+        protocol = config.model_dump(mode="json", exclude={*NO_PART, *config.observes})
         return {
             "source": source,
             "preset": policy.preset.model_dump(mode="json", exclude=set(UNREAD)),

@@ -8,22 +8,29 @@ from collections.abc import Sequence
 import torch
 
 from flowbench.config import RunConfig
+from flowbench.evaluation.dev import DevScores, apart
 from flowbench.evaluation.exact import COARSE_SPACING, exact_evaluation, quadratic_form
+from flowbench.evaluation.protocol import within_prompt_diversity
 from flowbench.models.families.plane import exact_field, on_plane
 from flowbench.models.policy import Policy
 from flowbench.record import Score
 from flowbench.reward import Reward
 from flowbench.seeding import generator_for
-from flowbench.testbeds.plane.density import Gaussian
+from flowbench.terms import path_name
+from flowbench.testbeds.plane.density import Gaussian, Point
 
-REWARD, KL, SHARE = "reward", "kl", "frontier_share"
+REWARD, KL, SHARE, DIVERSITY = "reward", "kl", "frontier_share", "diversity"
 PATH_REWARD, PATH_KL = "exact_reward", "exact_kl"
 GAUSSIAN_PATH, MIXTURE_PATH = 50, 8  # points along training; a mixture's cost a fraction of a second each
 SHOWN = 600  # samples in the picture
 
 
 class ExactStudy:
-    """Exact (E[r], KL) of a run's policy, along training and at its end, against the frontier."""
+    """Exact (E[r], KL) of a run's policy, along training and at its end, against the frontier.
+
+    Also what scores the run at the points of its budget: prompts say nothing here, so that there need be no split
+    `dev`. The diversity there is that of the samples of the picture.
+    """
 
     def __init__(self, policy: Policy, reward: Reward, config: RunConfig, iterations: int) -> None:
         self.policy, self.config = policy, config
@@ -60,10 +67,27 @@ class ExactStudy:
             for metric, (base, tuned) in values.items()
         }
 
+    def base(self) -> DevScores:
+        """Of the model before tuning; exact where the final scores are, and the same names."""
+        return self._told("reference", Point(self.exact.frontier(0.0).base, 0.0))
+
+    def current(self) -> DevScores:
+        """Of the weights in use; without the exact scores where their sampler's map folds."""
+        return self._told("current", self.exact.point(exact_field(self.policy)))
+
+    def _told(self, weights: str, point: Point | None) -> DevScores:
+        with apart(self.policy):
+            spread = within_prompt_diversity(self.samples(weights)[None]).item()
+        means = {DIVERSITY: spread}
+        if point:
+            exact = {REWARD: point.reward, KL: point.kl, SHARE: self.exact.share(point) if point.kl else 0.0}
+            means = {path_name(self.config.reward): point.reward, **exact, **means}
+        return DevScores(means, {})
+
     @torch.no_grad()
     def samples(self, weights: str) -> torch.Tensor:
         """Points (N, 2) of a weight view, from the same noise for all of them."""
-        self.policy.generator = generator_for(self.config.evaluation.seed, "frontier-samples")
+        self.policy.generator = generator_for(self.config.protocol().seed, "frontier-samples")
         noise, cond = self.policy.draw_noise(SHOWN), self.policy.encode([""] * SHOWN)
         samples = self.policy.rollout(cond, noise, num_steps=self.config.evaluation.num_steps, weights=weights)
         return samples.x0.flatten(1).cpu()

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from flowbench.errors import RunError, UsageError
-from flowbench.evaluation.protocol import Judges, Lot, score_images
+from flowbench.evaluation.judging import Judges, Lot, score_images
 from flowbench.evaluation.statistics import mean_ci95
 from flowbench.models.memory import Portion
 from flowbench.prompts import Prompt

@@ -88,7 +88,7 @@ def build_judges(
     Raises UsageError when `evaluation.judges` names a reward trained on, or one whose needs the prompts do not meet,
     RunError when weights of a judge that it names are missing.
     """
-    trained = _trained_on(config, reward)
+    trained = trained_on(config, reward)
     known = {_weights_hash(r): name for name, r in trained.items()}
     chosen, held_out = config.evaluation.judges, dict[str, Reward]()
     half = device.type == "cuda" and config.evaluation.judge_precision == "auto"
@@ -146,7 +146,8 @@ def _if_here(name: str, preset: ModelPreset, seated: Callable[[str], Reward]) ->
     return None
 
 
-def _trained_on(config: RunConfig, reward: Reward | None) -> dict[str, Reward]:
+def trained_on(config: RunConfig, reward: Reward | None) -> dict[str, Reward]:
+    """The rewards that a run trains on, by the names that its configuration has for them."""
     if reward is None:
         return {}
     # A plain reward may call itself by another name than the configuration, such as that of its backend.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowbench.config import EvaluationConfig
+from flowbench.evaluation.album import Album
 from flowbench.evaluation.base_scores import BaseScores
 from flowbench.evaluation.protocol import (
     Judges,
@@ -38,10 +39,11 @@ def evaluate_pairs(
     judges: Judges,
     protocol: EvaluationConfig,
     progress: Callable[[int, int], None],
+    album: Album | None = None,
 ) -> dict[str, Pair]:
     """Score base and tuned model on each split, on the same prompts and noise.
 
-    The base's scores come from the disk where they are kept, see `BaseScores`.
+    The base's scores come from the disk where they are kept, see `BaseScores`; album: keeps all images.
     """
     done, total = 0, 2 * count_images(policy, splits, protocol)
 
@@ -54,16 +56,9 @@ def evaluate_pairs(
     pairs: dict[str, Pair] = {}
     try:
         for split in splits:
-            base = kept.read(split)
-            # All processes read or all compute: one may find what another has just written.
-            cached = not policy.processes.any(base is None)
-            if base is None or not cached:
-                base = score_split(policy, "reference", split, judges, protocol, tick, portions)
-                if portions.undivided and policy.processes.is_main:
-                    kept.write(split, base)
-            else:
-                tick(count_images(policy, [split], protocol))
-            tuned = score_split(policy, "current", split, judges, protocol, tick, portions)
+            base_page, tuned_page = (album.of("base"), album.of("tuned")) if album else (None, None)
+            base, cached = kept.scores(split, tick, portions, base_page)
+            tuned = score_split(policy, "current", split, judges, protocol, tick, portions, tuned_page)
             pairs[split.name] = Pair(base, tuned, cached)
     finally:
         judges.dismiss()

@@ -5,33 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from flowbench.config import EvaluationConfig, hashable, undivided
-from flowbench.errors import RunError
+from flowbench.evaluation.album import Keep, Page
+from flowbench.evaluation.judging import Judges, Lot, Progress, score_images
 from flowbench.models.flow import interpolate, velocity_error
 from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy
 from flowbench.models.presets import OWN_SPACING
 from flowbench.prompts import Prompt, PromptSplit, spread
-from flowbench.reward import Reward, checked_score
+from flowbench.record import VERSION
 from flowbench.rollout import Conditioning
-from flowbench.scoring.visitor import Visitor
 from flowbench.seeding import generator_for
 from flowbench.terms import UNGUIDED
-from flowbench.testbeds.shapes.truth import truth
 
 W2_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 GRID_PROMPTS, GRID_IMAGES = 12, 4
 GRID_PIXELS = 2**20  # of small images there are more prompts, as many as have so many pixels together
-
-Progress = Callable[[int], None]  # images done
 
 
 @dataclass(frozen=True)
@@ -48,27 +44,13 @@ class SplitScores:
     each: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Judges:
-    """What scores the images: reward models by name, and whether the testbed's oracle may be asked.
-
-    held_out: names of those that the run does not train on. On a GPU each is there only while it scores.
-    """
-
-    rewards: dict[str, Reward]
-    oracle: bool
-    held_out: tuple[str, ...] = ()
-
-    def dismiss(self) -> None:
-        """Free the memory of those that were here only to score; they come again when they are asked."""
-        for reward in self.rewards.values():
-            if isinstance(reward, Visitor):
-                reward.leave()
-
-
-def protocol_hash(config: EvaluationConfig, splits: list[PromptSplit], spacing: str = OWN_SPACING) -> str:
-    """Ten hex digits over the protocol, its prompt files and the model's `sigma_spacing`."""
+def protocol_hash(
+    config: EvaluationConfig, splits: list[PromptSplit], spacing: str = OWN_SPACING, version: int = VERSION
+) -> str:
+    """Ten hex digits over the protocol, its prompt files and the model's `sigma_spacing`; version: of the record."""
     content: dict[str, Any] = {"config": hashable(undivided(config)), "splits": {s.name: s.sha256 for s in splits}}
+    if version > 1:  # in the first, all seeds had the same noise
+        content["noise"] = "a block for each seed"
     if spacing != OWN_SPACING:  # all that there was, once
         content["sigma_spacing"] = spacing
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
@@ -104,7 +86,7 @@ class Portions:
     """How many images an evaluation samples, decodes and scores at a time; less once memory has run out."""
 
     def __init__(self, policy: Policy, config: EvaluationConfig) -> None:
-        self.rollout = Portion("sampling in the evaluation", config.batch)
+        self.rollout = Portion("sampling in the evaluation", config.batch, ledger=policy.evaluations)
         self.decode = Portion("decoding in the evaluation", decode_batch(policy, config))
         self.score = Portion("scoring in the evaluation", config.batch)
         self._planned = self._sizes()
@@ -126,16 +108,20 @@ def score_split(
     config: EvaluationConfig,
     progress: Progress,
     portions: Portions | None = None,
+    page: Page | None = None,
 ) -> SplitScores:
     """Generate and score `config.images_per_prompt` images for each prompt of a split, with one weight view.
 
     Once for each of `guidance_scales`, from the same noise; the grid shows those with guidance. All images are
     generated first, into the host's memory, and then scored by one judge after the other. The processes that share the
-    policy's work have some of the prompts each, and all of them the scores of all.
+    policy's work have some of the prompts each, and all of them the scores of all. page: of an album, for the images.
     """
     scales, portions = guidance_scales(policy, config), portions or Portions(policy, config)
     parts = {
-        ending: _shared(policy, weights, split, judges, config, scale, progress, portions)
+        ending: _shared(
+            *(policy, weights, split, judges, config, scale, progress, portions),
+            page and page(split.name, ending, scale),
+        )
         for ending, scale in scales.items()
     }
     scores = {f"{metric}{ending}": v for ending, part in parts.items() for metric, v in part.scores.items()}
@@ -151,12 +137,13 @@ def _shared(
     scale: float,
     progress: Progress,
     portions: Portions,
+    keep: Keep | None,
 ) -> SplitScores:
     """The scores of all prompts at one scale, from those that this process generates and those of the others."""
     prompts, processes = spread(split, config.prompts), policy.processes
     own, part = processes.share(len(prompts)), None
     if own:
-        part = _score(policy, weights, split.name, (prompts, own), judges, config, scale, progress, portions)
+        part = _score(policy, weights, split.name, (prompts, own), judges, config, scale, progress, portions, keep)
     told = [other for other in processes.objects(part, f"scores of {split.name}") if other is not None]
     if len(told) == 1:
         return told[0]
@@ -177,6 +164,7 @@ def _score(
     scale: float,
     progress: Progress,
     portions: Portions,
+    keep: Keep | None,
 ) -> SplitScores:
     """The scores at one scale of some of a split's prompts, given as all of them and which ones."""
     (prompts, own), n = asked_for, config.images_per_prompt
@@ -199,6 +187,8 @@ def _score(
     assert images is not None
     lot = Lot(images.__getitem__, tuple(prompts[p] for p, _ in rows))
     collected = score_images(judges, [lot], policy.device, portions.score)
+    if keep is not None:
+        keep(prompts, rows, images, collected)
     by_image = {m: v.reshape(len(own), n) for m, v in collected.items()}
     per_prompt = {m: v.mean(1).numpy() for m, v in by_image.items()}
     per_prompt["w2"] = torch.cat(distances).numpy()
@@ -259,68 +249,6 @@ def _noise(policy: Policy, seed: int, split: str, prompt: int, image: int) -> to
     """Noise that depends on prompt and image alone, not on how images are batched."""
     policy.generator = generator_for(seed, "evaluation-noise", split, prompt, image)
     return policy.draw_noise(1)
-
-
-@dataclass(frozen=True)
-class Lot:
-    """Images of one size, given by their place, on any device (B, 3, H, W) in [0, 1], and their prompts."""
-
-    images: Callable[[slice], torch.Tensor]
-    prompts: tuple[Prompt, ...]
-
-
-@torch.no_grad()
-def score_images(
-    judges: Judges,
-    lots: Sequence[Lot],
-    device: torch.device,
-    portion: Portion,
-    progress: Progress = lambda images: None,
-) -> dict[str, torch.Tensor]:
-    """Scores by metric, on the host, of all images in turn; each judge sees all of them before the next one comes.
-
-    progress is told of each image once per judge. Raises RunError, naming the judge, for a bad score, and for images
-    or prompts that the oracle cannot read.
-    """
-    scores: dict[str, torch.Tensor] = {}
-    for name, reward in judges.rewards.items():
-        try:
-            scores |= _judged(partial(_named_score, name, reward), lots, device, portion, progress)
-        finally:
-            reward.rest()
-    if judges.oracle:
-        try:
-            scores |= _judged(truth, lots, device, portion, progress)
-        except RunError as error:
-            raise RunError(f"{error}; name other judges with evaluation.judges") from error
-    return scores
-
-
-def _named_score(
-    name: str, reward: Reward, images: torch.Tensor, prompts: tuple[Prompt, ...]
-) -> dict[str, torch.Tensor]:
-    return {name: checked_score(reward, images, prompts)}
-
-
-def _judged(
-    judge: Callable[[torch.Tensor, tuple[Prompt, ...]], dict[str, torch.Tensor]],
-    lots: Sequence[Lot],
-    device: torch.device,
-    portion: Portion,
-    progress: Progress,
-) -> dict[str, torch.Tensor]:
-    """What one judge says of all images, by metric."""
-    parts: dict[str, list[torch.Tensor]] = {}
-
-    def score(lot: Lot, rows: slice) -> dict[str, torch.Tensor]:
-        return judge(lot.images(rows).to(device), lot.prompts[rows])
-
-    for lot in lots:
-        for found in portion.map(partial(score, lot), len(lot.prompts)):
-            for name, values in found.items():
-                parts.setdefault(name, []).append(values.float().cpu())
-            progress(len(next(iter(found.values()))))
-    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _velocity_distance(

@@ -89,6 +89,7 @@ def run(
     track: Sequence[str] = (),
     memory_limit: str | None = None,
     random_init: bool = False,
+    keep_images: bool = False,
     *,
     listener: Listener | None = None,
 ) -> RunResult:
@@ -110,12 +111,15 @@ def run(
         track: experiment trackers that are told of the run, such as "tensorboard" or "wandb".
         memory_limit: "24GiB": the work is divided so that every phase fits; results stay the same.
         random_init: the model's real configuration with random weights, to measure and never to compare.
+        keep_images: keep the evaluation's images below images/ in the run folder, with a table of their scores.
         listener: is told how far the run is.
 
     Raises:
         UsageError: the request is wrong, or its run is finished already; nothing was computed.
         RunError: it could not be carried out; what was computed until then is saved.
     """
+    if keep_images:
+        settings = {**(settings or {}), "evaluation.keep_images": True}
     resolved = resolve(algorithm, reward, model, seed, images, device, settings, config, plugins, prompts, random_init)
     if memory_limit is not None:
         from flowbench.experiments.planning.plan import divided, parse_memory, plan
@@ -176,6 +180,7 @@ def evaluate(
     plugins: Sequence[str | Path] = (),
     output: str | Path | None = None,
     prompts: str | None = None,
+    keep_images: bool = False,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -189,6 +194,8 @@ def evaluate(
         plugins: Python files that register rewards.
         output: a JSON file to write the scores to.
         prompts: a prompt set's name, a folder with a file per split, or one file, in place of the path's own.
+        keep_images: keep the images, with a table of their scores: of a run below images/ in its folder, of other
+            weights in <output>-images, beside the file of the scores.
         progress: is called with the images scored, and all of them.
 
     Raises:
@@ -202,7 +209,10 @@ def evaluate(
 
     _load(plugins)
     told = progress or (lambda done, total: None)
-    result = evaluate_path(place, dict(settings or {}), model, device, told, prompts)
+    given = dict(settings or {})
+    keep_images = bool(given.pop("evaluation.keep_images", False)) or keep_images
+    images = _images_of(place, output) if keep_images else None
+    result = evaluate_path(place, given, model, device, told, prompts, images)
     if output is not None:
         result.save(Path(output))
     return result
@@ -216,6 +226,18 @@ def load_records(*places: str | Path) -> list[Record]:
     from flowbench.record import find_records
 
     return find_records([Path(place) for place in places or (OUTPUT,)])
+
+
+def _images_of(path: Path, output: str | Path | None) -> Path:
+    """Where the images go that an evaluation keeps."""
+    from flowbench.experiments.kept import IMAGES
+    from flowbench.experiments.run import CONFIG
+
+    if (path / CONFIG).is_file():
+        return path / IMAGES
+    if output is None:
+        raise UsageError(f"'{path}' is no run folder: say with --output where scores, and with them images, shall go")
+    return Path(output).with_name(f"{Path(output).stem}-{IMAGES}")
 
 
 def _load(plugins: Sequence[str | Path]) -> None:

@@ -6,3 +6,5 @@ MODEL = "mini-sd3"
 REWARD = "clip"
 DEVICE = "auto"
 OUTPUT = Path("runs")
+WORKLOAD = "shapes-clip"  # of a search
+SEARCHES = Path("leaderboard/search")  # logs of searches

@@ -21,10 +21,12 @@ from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_
 from flowbench.evaluation.protocol import count_images, score_split
 from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.inputs import kept_split
+from flowbench.experiments.kept import make_album, save_table
 from flowbench.experiments.run import CONFIG, RECORD, base_policy, load_tuned
 from flowbench.models.devices import pick_device
 from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.models.processes import ALONE
 from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
 from flowbench.prompts.needs import check_needs
 from flowbench.record import Score, load_record, write_atomically
@@ -64,12 +66,14 @@ def evaluate(
     device: str,
     progress: Progress,
     prompts: str | None = None,
+    images: Path | None = None,
 ) -> Evaluation:
     """Score whatever lies at `path`; `model` is the preset that it belongs to, except for a run, which knows its own.
 
     prompts: a set's name, folder or file in place of the run's or model's own; all prompts of a file are one split,
-    named by its stem. Raises UsageError for a path that holds nothing to score, an override of anything but the
-    evaluation, or prompts that cannot be used; RunError for weights that cannot be loaded.
+    named by its stem; images: a folder for the images that are scored, with a table of them. Raises UsageError for a
+    path that holds nothing to score, an override of anything but the evaluation, or prompts that cannot be used;
+    RunError for weights that cannot be loaded.
     """
     for key in overrides:
         if not key.startswith("evaluation."):
@@ -78,7 +82,7 @@ def evaluate(
     if (path / CONFIG).is_file():
         if model is not None:
             raise UsageError(f"'{path}' is a run of its own model; leave out --model")
-        return _evaluate_run(path, overrides, where, progress, prompts)
+        return _evaluate_run(path, overrides, where, progress, prompts, images)
     preset = load_preset(model or MODEL)
     if isinstance(preset, AnalyticPreset):
         raise UsageError(f"model '{preset.name}' is a formula without weights or images; of it only runs are evaluated")
@@ -86,6 +90,8 @@ def evaluate(
     if has_prompts(path):
         if prompts is not None:
             raise UsageError(f"the images in '{path}' were made for prompts of their own; leave out --prompts")
+        if images is not None:
+            raise UsageError(f"the images in '{path}' are there already; leave out --keep-images")
         return _evaluate_images(path, preset, protocol, where, progress)
     load = _loader(path)
     if load is None:
@@ -94,11 +100,16 @@ def evaluate(
         )
     splits, config = _chosen(prompts, _no_run(preset, protocol), overrides)
     splits = splits or [load_split(preset.prompts, name) for name in protocol.splits]
-    return _evaluate_weights(path, load, preset, config, splits, where, progress)
+    return _evaluate_weights(path, load, preset, config, splits, where, progress, images)
 
 
 def _evaluate_run(
-    folder: Path, overrides: dict[str, Any], device: torch.device, progress: Progress, prompts: str | None
+    folder: Path,
+    overrides: dict[str, Any],
+    device: torch.device,
+    progress: Progress,
+    prompts: str | None,
+    images: Path | None,
 ) -> Evaluation:
     """Base and tuned model of a run, with its own protocol and the judges of its record, or changed ones."""
     config, preset = load_run_config(folder / CONFIG)
@@ -117,7 +128,13 @@ def _evaluate_run(
     policy, _ = load_tuned(folder, device, evaluated_texts(splits, config.evaluation))
     reward = training_reward(config, preset, device)
     judges = build_judges(config, reward, preset, device, splits)
-    scores = compare(evaluate_pairs(policy, splits, judges, config.evaluation, progress))
+    if images and isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' makes points and no images; leave out --keep-images")
+    protocol = config.evaluation if _one_noise(folder) else config.protocol()
+    album = make_album(images, ALONE) if images else None
+    scores = compare(evaluate_pairs(policy, splits, judges, protocol, progress, album))
+    if album:
+        save_table(album, protocol.seed, ALONE)
     if study := exact_study(policy, reward, config):
         scores |= study.scores(config.evaluation.splits)
     title = f"{config.algorithm} on {config.reward}, seed {config.seed}"
@@ -148,6 +165,11 @@ def _judges_of(folder: Path, prompt_set: str, splits: Sequence[PromptSplit]) -> 
     return (*usable(judges, prompt_set, splits), *(("oracle",) if reads_oracle(prompt_set) else ()))
 
 
+def _one_noise(folder: Path) -> bool:
+    """Whether the run was evaluated when all seeds had the same noise."""
+    return (folder / RECORD).is_file() and load_record(folder / RECORD).version < 2
+
+
 def _flat(protocol: EvaluationConfig) -> dict[str, Any]:
     return {f"evaluation.{name}": value for name, value in protocol.model_dump().items()}
 
@@ -160,23 +182,32 @@ def _evaluate_weights(
     splits: list[PromptSplit],
     device: torch.device,
     progress: Progress,
+    images: Path | None,
 ) -> Evaluation:
     """The preset's base model against other weights, on the same prompts and noise."""
     protocol = config.evaluation
     texts = evaluated_texts(splits, protocol)
     base, tuned = load(path, preset, lambda wanted: base_policy(wanted, device, texts))
     judges = build_judges(config, None, preset, device, splits)
+    album = make_album(images, ALONE) if images else None
     if base is tuned:
-        pairs = evaluate_pairs(tuned, splits, judges, protocol, progress)
+        pairs = evaluate_pairs(tuned, splits, judges, protocol, progress, album)
     else:
         tick = _Counter(progress, 2 * count_images(base, splits, protocol))
         pairs = {}
         for split in splits:
-            pair = [score_split(policy, "reference", split, judges, protocol, tick) for policy in (base, tuned)]
+            pair = [
+                score_split(
+                    *(policy, "reference", split, judges, protocol, tick), page=album.of(name) if album else None
+                )
+                for name, policy in (("base", base), ("tuned", tuned))
+            ]
             for scores in pair:  # two pipelines need not share the latents in which velocities could be compared
                 for metric in [m for m in scores.scores if plain_metric(m) == "w2"]:
                     del scores.scores[metric]
             pairs[split.name] = Pair(pair[0], pair[1])
+    if album:
+        save_table(album, protocol.seed, ALONE)
     return Evaluation(f"{path.name} against {preset.name}", compare(pairs), held_out=judges.held_out)
 
 

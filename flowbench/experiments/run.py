@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,19 +16,23 @@ import yaml
 from flowbench.algorithm import Algorithm
 from flowbench.config import RunConfig, load_run_config
 from flowbench.errors import RunError, UsageError
+from flowbench.evaluation.dev import ImageDev, dev_split
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, training_reward
 from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
-from flowbench.evaluation.protocol import Judges, guidance_scales, protocol_hash
+from flowbench.evaluation.protocol import guidance_scales
 from flowbench.experiments.inputs import keep_inputs
+from flowbench.experiments.kept import IMAGES, make_album, save_table
+from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
+from flowbench.models.counting import EVALUATION
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
 from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
-from flowbench.models.presets import ModelPreset, load_preset
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import Processes, started
-from flowbench.prompts import PromptSplit, load_split
-from flowbench.record import Record, Score, Spent, code_commit, package_versions, read_metrics, write_atomically
+from flowbench.prompts import load_split, spread
+from flowbench.record import Point, Record, read_metrics, write_atomically
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
 from flowbench.reporting.plots import learning_curves
@@ -41,6 +42,7 @@ from flowbench.rollout import Rollout
 from flowbench.terms import path_name
 from flowbench.testbeds.shapes.truth import truth
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
+from flowbench.training.points import Points
 from flowbench.training.processes import check_division
 from flowbench.training.trainer import IterationLog, Trainer
 
@@ -51,12 +53,16 @@ TRUTH_EVERY = 4  # iterations; the oracle is not free
 
 @dataclass(frozen=True)
 class Listener:
-    """Where a run tells how far it is; all of it optional. on_record: the result, with its folder complete."""
+    """Where a run tells how far it is; all of it optional.
+
+    on_record: the result, with its folder complete; on_point: scores on split dev, the base model's as iteration 0.
+    """
 
     on_start: Callable[[int, int], None] = lambda iteration, iterations: None
     on_iteration: Callable[[IterationLog], None] = lambda log: None
     on_evaluation: Callable[[int, int], None] = lambda done, total: None
     on_record: Callable[[Record, Path], None] = lambda record, folder: None
+    on_point: Callable[[Point], None] = lambda point: None
 
 
 def run_folder(output: Path, config: RunConfig) -> Path:
@@ -159,13 +165,18 @@ def _execute(
     check_division(processes, config.training)
     splits = [load_split(config.prompt_set(preset), name) for name in config.evaluation.splits]
     train_prompts = load_split(config.prompt_set(preset), "train")
+    # On the plane prompts say nothing: its points are exact.
+    dev = None if isinstance(preset, AnalyticPreset) else dev_split(config, preset)
+    on_dev = spread(dev, config.evaluation.prompts) if dev else ()
     if processes.is_main:
         prepare_folder(folder, config, resume)
-        keep_inputs(folder, preset, train_prompts, splits)
+        keep_inputs(folder, preset, train_prompts, [*splits, *((dev,) if dev else ())])
     processes.wait()
     reward = training_reward(config, preset, device, config.training.reward_scale == "standardized")
-    evaluated, *others = evaluated_texts(splits, config.evaluation)
-    policy = build_policy(config, preset, device, [evaluated, *others, train_prompts.prompts])
+    protocol = config.protocol()
+    evaluated, *others = evaluated_texts(splits, protocol)
+    texts = [evaluated, *others, train_prompts.prompts, *([on_dev] if on_dev else [])]
+    policy = build_policy(config, preset, device, texts)
     policy.processes = processes
     # Now, so that a missing or forbidden judge costs no training.
     judges = build_judges(config, reward, preset, device, splits)
@@ -174,35 +185,38 @@ def _execute(
     study = exact_study(policy, reward, config, trainer.iterations)
     if study:
         trainer.probe = study.probe
+    scorer = ImageDev(policy, reward, judges, config, dev, config.prompt_set(preset)) if dev else study
+    if scorer and config.evaluation.points:
+        trainer.points = Points(scorer, policy, config.evaluation.points, trainer.iterations, folder, listener.on_point)
     if judges.oracle and config.reward != "oracle":
         trainer.observe = _truth_of_training
     if resume:
         trainer.resume()
     listener.on_start(trainer.iteration, trainer.iterations)
     if device.type != "cpu":  # now, because training moves the text encoders off the device
-        policy.encode(evaluated)
+        for prompts in filter(None, (evaluated, [""], train_prompts.prompts, on_dev)):
+            policy.encode(prompts)
     budget = trainer.run()
     trainer.updater.use_average()
     if processes.is_main:
         save_tuned(policy, folder / "checkpoints" / "tuned", config)
     evaluation_begun = time.perf_counter()
-    pairs = evaluate_pairs(policy, splits, judges, config.evaluation, listener.on_evaluation)
+    with policy.evaluations.counted_as(EVALUATION):
+        album = make_album(folder / IMAGES, processes) if protocol.keep_images else None
+        pairs = evaluate_pairs(policy, splits, judges, protocol, listener.on_evaluation, album)
+    if album:
+        save_table(album, protocol.seed, processes)
     scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
-    spent = Spent(
-        images=budget.images,
-        reward_calls=budget.reward_calls,
-        function_evaluations=budget.function_evaluations,
-        seconds=budget.seconds,
-        evaluation_seconds=time.perf_counter() - evaluation_begun,
-        overhead=1 - sum(budget.timings.values()) / max(budget.seconds, 1e-9),
-        peak_memory_mb=peak_memory_mb(device),
-    )
-    all_splits = [train_prompts, *splits]
-    record = make_record(config, reward, judges, spent, pairs, scores, splits, all_splits, command, processes)
+    seconds = time.perf_counter() - evaluation_begun
+    (evaluations,) = processes.total((policy.evaluations.counts.get(EVALUATION, 0),))
+    costs = costs_of(policy, budget, trainer.points, (seconds, evaluations), processes.hardware)
+    way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
+    outcome = Evaluated(pairs, scores, seconds, evaluations)
+    record = make_record(config, command, reward, judges, [train_prompts, *splits], dev, outcome, budget, costs, way)
     if processes.is_main:
         record.save(folder / RECORD)
-        draw(folder, pairs, config)
-        if study:
+        draw(folder, pairs, config, way)
+        if study and splits:  # a search's run has no reporting split
             draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
         (folder / DONE).touch()
         listener.on_record(record, folder)
@@ -226,54 +240,12 @@ def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
     write_atomically(folder / CALL, json.dumps(arguments, indent=1) + "\n")
 
 
-def make_record(
-    config: RunConfig,
-    reward: Reward,
-    judges: Judges,
-    spent: Spent,
-    pairs: dict[str, Pair],
-    scores: dict[str, Score],
-    splits: list[PromptSplit],
-    all_splits: list[PromptSplit],
-    command: str,
-    processes: Processes,
-) -> Record:
-    """Everything that the record must answer for."""
-    return Record(
-        algorithm=config.algorithm,
-        reward=config.reward,
-        model=config.model,
-        seed=config.seed,
-        budget=spent,
-        scores=scores,
-        per_prompt={
-            f"{metric}/{split}": {"base": values.tolist(), "tuned": pair.tuned.scores[metric].tolist()}
-            for split, pair in pairs.items()
-            for metric, values in pair.base.scores.items()
-        },
-        prompts={split: [p.text for p in pair.base.prompts] for split, pair in pairs.items()},
-        config=config.model_dump(mode="json"),
-        config_hash=config.hash(),
-        protocol_hash=protocol_hash(config.undivided().evaluation, splits, load_preset(config.model).sigma_spacing),
-        prompt_hashes={s.name: s.sha256 for s in all_splits},
-        reward_provenance=reward.provenance(),
-        judges={name: judges.rewards[name].provenance() for name in judges.held_out},
-        base_cached=tuple(split for split, pair in pairs.items() if pair.cached),
-        command=command,
-        commit=code_commit(),
-        device=processes.hardware,
-        versions=package_versions(),
-        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-
-
-def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig) -> None:
+def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig, way: Way = NO_WAY) -> None:
     """Sample grids before and after, where samples are images, and the learning curves."""
     title = f"{config.algorithm} on {config.reward}, seed {config.seed}"
     draw_pairs(folder / "samples", pairs, config.reward, title)
-    learning_curves(
-        folder / "curves.png", read_metrics(folder / METRICS), title, config.reward, algorithm=config.algorithm
-    )
+    log = read_metrics(folder / METRICS)
+    learning_curves(folder / "curves.png", log, title, config.reward, way.base, way.points, config.algorithm)
 
 
 def load_tuned(folder: Path, device: torch.device, texts: Sequence[Sequence[str]] = ()) -> tuple[Policy, RunConfig]:
@@ -312,11 +284,3 @@ def tuned_weights(folder: Path) -> dict[str, Any]:
     state = load_state(checkpoint)
     # The reference view of a run that uses "old" is not needed to sample from it.
     return {"current": state["average"] or state["policy"]["current"]}
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory: of the GPU where one is used, else of this process, in MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,16 +19,27 @@ logger = logging.getLogger("flowbench")
 T = TypeVar("T")
 
 
+class Ledger(Protocol):
+    """What counts the work that is done, and can take back what a failed attempt has counted."""
+
+    def mark(self) -> Any:
+        """What is counted now."""
+
+    def back(self, mark: Any) -> None:
+        """Forget what was counted since a mark."""
+
+
 class Portion:
     """How much of one part of a run is worked on at a time.
 
     what: that part, for messages ("decoding"); size: the most rows at a time, None for all of them; unit: what a row
-    is. When memory runs out, `size` becomes half of what failed, and stays so: one object should live as long as the
-    run. Results do not depend on it, as long as the work on a row does not depend on the rows beside it.
+    is; ledger: counts the work, without attempts that fail. When memory runs out, `size` becomes half of what failed,
+    and stays so: one object should live as long as the run. Results do not depend on it, as long as the work on a row
+    does not depend on the rows beside it.
     """
 
-    def __init__(self, what: str, size: int | None = None, unit: str = "images") -> None:
-        self.what, self.size, self.unit = what, size, unit
+    def __init__(self, what: str, size: int | None = None, unit: str = "images", ledger: Ledger | None = None) -> None:
+        self.what, self.size, self.unit, self.ledger = what, size, unit, ledger
 
     def map(self, work: Callable[[slice], T], n: int, groups: Sequence[int] | None = None) -> Iterator[T]:
         """work(rows) of consecutive portions of n rows, in turn.
@@ -42,7 +53,7 @@ class Portion:
         while start < n:
             first = bisect_right(ends, start)
             least, stop = ends[first], ends[max(first, bisect_right(ends, start + (self.size or n)) - 1)]
-            result = _tried(partial(work, slice(start, stop)))
+            result = _tried(partial(work, slice(start, stop)), self.ledger)
             if result is None:
                 self._halve(stop - start, least - start)
                 continue
@@ -58,7 +69,7 @@ class Portion:
         """
         while True:
             size = min(self.size or n, n)
-            result = _tried(partial(work, size))
+            result = _tried(partial(work, size), self.ledger)
             if result is not None:
                 return result.pop()
             if undo is not None:
@@ -95,13 +106,16 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _tried(work: Callable[[], T]) -> list[T] | None:
-    """The result of the work in a list, None if memory ran out."""
+def _tried(work: Callable[[], T], ledger: Ledger | None) -> list[T] | None:
+    """The result of the work in a list, None if memory ran out; the ledger is then as it was before."""
+    mark = ledger.mark() if ledger else None
     try:
         return [work()]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    if ledger:
+        ledger.back(mark)
     # Not before the error is gone: its traceback holds all that the attempt had allocated.
     release_memory()
     return None

@@ -11,6 +11,7 @@ import torch
 
 from flowbench.errors import UsageError
 from flowbench.models.compiling import Compiler
+from flowbench.models.counting import Evaluations
 from flowbench.models.families import family_class
 from flowbench.models.flow import get_sampler
 from flowbench.models.presets import ModelPreset
@@ -58,7 +59,7 @@ class Policy(Velocities):
         self.num_steps, self.guidance_scale = num_steps or preset.num_steps, guidance_scale
         self.sigma_distribution, self.sampler, self.eta = sigma_distribution, get_sampler(sampler), eta
         self.generator = torch.Generator().manual_seed(0)
-        self.function_evaluations, self.processes = 0, ALONE
+        self.evaluations, self.processes = Evaluations(), ALONE
         self._anchored, self.gradient_checkpointing = False, gradient_checkpointing
         for part in self.family.modules():
             part.requires_grad_(False).eval().to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 
@@ -71,6 +72,12 @@ class TextCache:
                 self._keep(text, tensors)
         if encoded.negative is not None:
             self._negative = _moved(encoded.negative, self.device)
+
+    def branch(self) -> TextCache:
+        """A cache that has what this one has; what either encodes from here on, the other does not see."""
+        other = copy.copy(self)
+        other._place, other._kept = dict(self._place), list(self._kept)
+        return other
 
     def _encode(self, texts: list[str]) -> list[NamedTensors]:
         if not self._ahead:

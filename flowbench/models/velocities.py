@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flowbench.models.counting import SAMPLING, Evaluations
 from flowbench.models.families.base import Family
 from flowbench.models.flow import SAMPLERS
 from flowbench.models.guidance import BOTH_AT_ONCE, with_negative
@@ -27,12 +28,17 @@ class Velocities(Sampling, ABC):
     texts: TextCache
     guidance_scale: float | None
     rollout_dtype: torch.dtype | None
-    function_evaluations: int
+    evaluations: Evaluations
     gradient_checkpointing: bool
     _anchored = False
     _frozen = False
     _low: torch.dtype | None = None
     _low_vae: StandIn | None = None
+
+    @property
+    def function_evaluations(self) -> int:
+        """Velocities of one latent each that training took, backward passes aside."""
+        return self.evaluations.total
 
     def velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str = "current", grad: bool = False
@@ -93,8 +99,9 @@ class Velocities(Sampling, ABC):
     def _velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, cond: Conditioning, weights: str, grad: bool, scale: float
     ) -> torch.Tensor:
-        self.function_evaluations += len(x)
         weights = self._view(weights)
+        trained = weights == "current"
+        self.evaluations.add(len(x), trained, torch.is_grad_enabled() and (grad or trained))
         # A graph holds a view's own weights; what stands in for them may only be seen where there is none.
         frozen = not grad and (weights != "current" or self._frozen)
         with (
@@ -135,10 +142,15 @@ class Velocities(Sampling, ABC):
         plain = not options.get("sampler", SAMPLERS["ode"]).has_log_prob
         self.views.precision = self._low if plain else None
         try:
-            with self.frozen(options.get("weights", "current")):
+            with self.evaluations.counted_as(SAMPLING), self.frozen(options.get("weights", "current")):
                 return super().rollout(cond, noise, **options)
         finally:
             self.views.precision = None
+
+    def complete(self, *state: Any, **options: Any) -> torch.Tensor:
+        """As in the base class."""
+        with self.evaluations.counted_as(SAMPLING):
+            return super().complete(*state, **options)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) float32 in [0, 1] on the device; differentiable when gradients are on.

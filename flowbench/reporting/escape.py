@@ -42,6 +42,8 @@ _LATEX = {
 
 def plain(text: str) -> str:
     """One line of printable text: white space is a space, a control character is shown as its code."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(map(_printable, _UNSEEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)))
 
 

@@ -103,12 +103,16 @@ def group(records: Iterable[Record], split: str) -> Grouped:
 
 def _one_per_seed(records: Sequence[Record]) -> tuple[list[Record], tuple[str, ...]]:
     """Of records with one identity and seed the newest, finished before failed; with a note where they differ."""
-    by_run: dict[tuple[str, str, int, str | None], list[Record]] = {}
+    by_run: dict[tuple[str, str, int, Workload], list[Record]] = {}
     for r in records:
-        by_run.setdefault((r.algorithm, r.identity, r.seed, r.workload), []).append(r)
+        by_run.setdefault((r.algorithm, r.identity, r.seed, _workload(r)), []).append(r)
     chosen, repeated = [], []
-    for (algorithm, _, seed, _), same in sorted(by_run.items(), key=lambda item: (*item[0][:3], item[0][3] or "")):
-        best = max(same, key=lambda r: (r.status == "finished", r.finished, json.dumps(_results(r), sort_keys=True)))
+    for (algorithm, _, seed, _), same in sorted(by_run.items(), key=lambda item: item[0]):
+        best = same[0]
+        if len(same) > 1:
+            best = max(
+                same, key=lambda r: (r.status == "finished", r.finished, json.dumps(_results(r), sort_keys=True))
+            )
         chosen.append(best)
         if any(_results(r) != _results(best) for r in same):
             repeated.append(f"{plain(algorithm)} seed {seed}")
@@ -124,6 +128,9 @@ def _results(record: Record) -> dict[str, tuple[float, float]]:
 def _workload(record: Record) -> Workload:
     training = record.config.get("training")
     budget = training.get("images") if isinstance(training, dict) else None
+    evaluation = record.config.get("evaluation")
+    splits = evaluation.get("splits") if isinstance(evaluation, dict) else None
+    used = {"train", *(splits or record.prompts)}  # and not those that only the points of a run are scored on
     return Workload(
         name=record.workload or "",
         version=record.workload_hash or "",
@@ -132,7 +139,7 @@ def _workload(record: Record) -> Workload:
         reward=record.reward,
         images=budget if isinstance(budget, int) else record.budget.images,
         protocol=record.protocol_hash,
-        prompts=_digest(record.prompt_hashes),
+        prompts=_digest({name: digest for name, digest in record.prompt_hashes.items() if name in used}),
         weights=",".join(sorted(_hashes(record.reward_provenance))),
     )
 

@@ -96,7 +96,8 @@ def learning_curves(
     seen = np.array([line["images"] for line in lines])
     behind = {name: (seen, np.array([line["reward"] for line in lines])), TRUTH: _logged(lines, TRUTH)}
     scored = {metric for point in points for metric in point.scores}
-    panels = [m for m in (name, *DEV_METRICS) if m in scored or (m in behind and behind[m][1].size)]
+    known = dict.fromkeys((name, *DEV_METRICS))
+    panels = [m for m in known if m in scored or (m in behind and behind[m][1].size)]
 
     def build(theme: style.Theme) -> Figure:
         columns = min(2, len(panels))

@@ -90,9 +90,14 @@ LIGHT = Theme("light", ink="#1a1a1a", grid="#dddddd", base="#767676", truth="#00
 DARK = Theme("dark", ink="#ececec", grid="#3d3d3d", base="#a0a0a0", truth="#ffffff", ground="#121212")
 
 
-@cache
 def family_of(algorithm: str) -> str:
     """The family that an algorithm declares; "other" for one that is not installed or cannot be imported."""
+    return _family(algorithm, algorithm in algorithms.loaded)
+
+
+@cache
+def _family(algorithm: str, loaded: bool) -> str:
+    """As `family_of`, remembered until a plug-in of that name is loaded."""
     if algorithm not in algorithms.names():
         return OTHER
     try:

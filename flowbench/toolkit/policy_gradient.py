@@ -18,7 +18,7 @@ from flowbench.models.flow import Step
 from flowbench.models.policy import Policy
 from flowbench.rollout import Batch, Rollout, transitions
 from flowbench.stored import HOST
-from flowbench.toolkit.defaults import MINI_SD3_LORA
+from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA, with_common
 
 
 class StepConfig(AlgorithmConfig):
@@ -30,23 +30,11 @@ class StepConfig(AlgorithmConfig):
 
 
 STEP_DEFAULTS: Mapping[str, Defaults] = {
-    # Policy gradients are noisy: noise in the first three steps only, where most of an image's reward is decided, large
-    # groups, and LoRA, which leaves the noise fewer directions. Found in runs of one to five seeds: mini-sd3-search.md.
-    "mini-sd3": Defaults(
-        training={
-            **MINI_SD3_LORA,
-            "learning_rate": 1.5e-3,
-            "prompts_per_iteration": 4,
-            "images_per_prompt": 16,
-            "minibatch": 96,
-            "sde_window": 3,
-            "sde_window_stay": 1000,
-        }
-    ),
-    # In the plane, 40 transitions per image make large minibatches cheap, and the log-probabilities of two dimensions
-    # need a wider clip range than those of an image's latents.
-    "gaussian": Defaults({"minibatch": 2048, "learning_rate": 3e-3}, {"clip_range": 0.1}),
-    "mixture": Defaults({"minibatch": 2048, "learning_rate": 2e-4}, {"clip_range": 0.1}),
+    # LoRA leaves the noise fewer directions.
+    "mini-sd3": with_common("mini-sd3", "policy-gradient", {**MINI_SD3_LORA, "learning_rate": 1.5e-3}, log=HAND_SEARCH),
+    # The log-probabilities of two dimensions need a wider clip range than those of an image's latents.
+    "gaussian": with_common("gaussian", "policy-gradient", {"learning_rate": 3e-3}, {"clip_range": 0.1}),
+    "mixture": with_common("mixture", "policy-gradient", {"learning_rate": 2e-4}, {"clip_range": 0.1}),
 }
 
 STEP_SEARCH_SPACE: Mapping[str, Dimension] = {

@@ -1,4 +1,4 @@
-"""What a run spends: counted images and calls, and seconds by part."""
+"""What training spends: counted images and calls, and seconds by part."""
 
 from __future__ import annotations
 
@@ -9,16 +9,35 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flowbench.models.counting import FORWARD
+
+OVERHEAD = ("prepare",)  # parts that are none of model, VAE and reward
+
 
 @dataclass
 class Budget:
-    """What a run spent. seconds is wall time of training; the parts in `timings` are shares of it."""
+    """What training spent. seconds is its wall time; the parts in `timings` are shares of it.
+
+    evaluations: velocities by purpose, see `models.counting`; updates: optimizer steps of the policy.
+    """
 
     images: int = 0
     reward_calls: int = 0
-    function_evaluations: int = 0
+    evaluations: dict[str, int] = field(default_factory=dict)
+    updates: int = 0
     seconds: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def function_evaluations(self) -> int:
+        """Velocities of one latent each, backward passes aside."""
+        return sum(self.evaluations.get(purpose, 0) for purpose in FORWARD)
+
+    @property
+    def overhead(self) -> float:
+        """The share of the seconds outside model, VAE and reward."""
+        inside = sum(seconds for part, seconds in self.timings.items() if part not in OVERHEAD)
+        return 1 - inside / max(self.seconds, 1e-9)
 
     @contextmanager
     def timed(self, part: str, device: torch.device) -> Iterator[None]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowbench.record import write_atomically
 from flowbench.training.budget import Budget
 from flowbench.training.state import load_state, save_state
 
@@ -60,7 +61,8 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
     updater, algorithm, policy = trainer.updater, trainer.algorithm, trainer.policy
     trainer.iteration, trainer.budget = state["iteration"], Budget(**state["budget"])
     policy.load_state_dict(state["policy"])
-    policy.function_evaluations = trainer.budget.function_evaluations
+    policy.evaluations.counts = dict(trainer.budget.evaluations)
+    updater.updates = trainer.budget.updates
     updater.average.weights = [a.to(policy.device) for a in state["average"]]
     updater.average.steps = state["average_steps"]
     updater.optimizer.load_state_dict(state["optimizers"][0])
@@ -74,4 +76,4 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 def _cut_log(path: Path, iterations: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    path.write_text("".join(lines[:iterations]), encoding="utf-8")
+    write_atomically(path, "".join(lines[:iterations]))  # a run that dies now is resumed from here again

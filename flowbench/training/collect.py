@@ -32,7 +32,7 @@ class Collector:
         self, config: RunConfig, policy: Policy, algorithm: Algorithm, reward: Reward, prompts: tuple[Prompt, ...]
     ) -> None:
         self.config, self.policy, self.algorithm, self.reward, self.prompts = config, policy, algorithm, reward, prompts
-        self.sampling = Portion("the rollout", config.training.rollout_batch)
+        self.sampling = Portion("the rollout", config.training.rollout_batch, ledger=policy.evaluations)
         self.decoding = Portion("decoding", config.training.decode_batch)
         self.scoring = Portion("scoring", config.training.decode_batch)
 

@@ -14,6 +14,7 @@ import torch
 from flowbench.algorithm import Algorithm, RewardFunction
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, RunInterruptedError
+from flowbench.models.counting import BACKWARD, FORWARD
 from flowbench.models.flow import get_sampler
 from flowbench.models.policy import Policy
 from flowbench.prompts import Prompt
@@ -25,8 +26,11 @@ from flowbench.training.budget import Budget
 from flowbench.training.checkpoint import METRICS, restore_checkpoint, save_checkpoint
 from flowbench.training.collect import Collector
 from flowbench.training.interrupt import StopRequest
+from flowbench.training.points import Points
 from flowbench.training.processes import check_division, check_equal
 from flowbench.training.update import Updater
+
+PURPOSES = (*FORWARD, BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class Trainer:
     """Trains a policy with an algorithm on a reward until the budget of images is spent.
 
     Further metrics for the log may be set: `probe` of the policy after an iteration (from 1), `observe` of the images
-    of an iteration. Of several processes (`policy.processes`) each has a trainer; main alone writes, probes and
-    observes, and `on_iteration` of each is called.
+    of an iteration; and `points`, at which the averaged policy is scored on the way, outside the budget. Of several
+    processes (`policy.processes`) each has a trainer; main alone writes, probes and observes, and `on_iteration` of
+    each is called.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class Trainer:
         self.prompts, self.folder, self.on_iteration = prompts, folder, on_iteration
         self.probe: Callable[[int], dict[str, float]] = lambda iteration: {}
         self.observe: Callable[[Rollout], dict[str, float]] = lambda rollout: {}
+        self.points: Points | None = None
         self.budget, self.iteration = Budget(), 0
         self.iterations = config.training.iterations
         algorithm.setup(policy)
@@ -84,21 +90,39 @@ class Trainer:
         """
         self._encode_prompts()
         with self.stop.listening():
+            self._measure(0)
+            self._measure(self.iteration)  # which an interrupted run may have left out
             while self.iteration < self.iterations:
                 self._iterate()
-                if self.processes.any(self.stop.made):
-                    self.save()
-                    raise RunInterruptedError(
-                        f"interrupted after iteration {self.iteration} of {self.iterations}, all of it saved; "
-                        "the same command with --resume continues"
-                    )
+                self._stop_if_asked()
+                self._measure(self.iteration)
         self.save()
         return self.budget
+
+    def _stop_if_asked(self) -> None:
+        if self.processes.any(self.stop.made):
+            self.save()
+            raise RunInterruptedError(
+                f"interrupted after iteration {self.iteration} of {self.iterations}, all of it saved; "
+                "the same command with --resume continues"
+            )
+
+    def _measure(self, iteration: int) -> None:
+        """Score the averaged policy, or for iteration 0 the base model, if that is a point that is due."""
+        if self.points is None or not self.points.due(iteration):
+            return
+        if self.iteration:
+            self.save()  # whatever fails on the way loses no training
+        with self.updater.average.in_use():
+            self.points.measure(iteration, self.budget)
+        if self.iteration:
+            self._stop_if_asked()
 
     def _iterate(self) -> None:
         begun, spent = time.perf_counter(), copy.deepcopy(self.budget)
         rollout = self._collect(spent)
-        batch = self.algorithm.prepare(rollout)
+        with self.budget.timed("prepare", self.policy.device):
+            batch = self.algorithm.prepare(rollout)
         with self.budget.timed("update", self.policy.device):
             metrics = self.updater.update(batch, self.iteration)
         self.algorithm.after_iteration(self.policy)
@@ -114,13 +138,15 @@ class Trainer:
 
     def _count(self, before: Budget, images: int) -> None:
         """Set what all processes together have spent, from what it was before an iteration of so many images."""
-        calls = self.budget.reward_calls - before.reward_calls
-        evaluations = self.policy.function_evaluations - before.function_evaluations
-        calls, evaluations = self.processes.total((calls, evaluations))
+        now, then = self.policy.evaluations.counts, before.evaluations
+        spent = [now.get(purpose, 0) - then.get(purpose, 0) for purpose in PURPOSES]
+        calls, *spent = self.processes.total((self.budget.reward_calls - before.reward_calls, *spent))
         self.budget.images += images
         self.budget.reward_calls = before.reward_calls + calls
-        self.budget.function_evaluations = before.function_evaluations + evaluations
-        self.policy.function_evaluations = self.budget.function_evaluations
+        self.budget.updates = self.updater.updates
+        totals = {purpose: then.get(purpose, 0) + n for purpose, n in zip(PURPOSES, spent, strict=True)}
+        self.budget.evaluations = {purpose: n for purpose, n in totals.items() if n}
+        self.policy.evaluations.counts = dict(self.budget.evaluations)
 
     def _collect(self, before: Budget) -> Rollout:
         try:
@@ -173,4 +199,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the folder's checkpoint, if it has one; log lines after it are dropped."""
-        return restore_checkpoint(self)
+        found = restore_checkpoint(self)
+        if found and self.points is not None:
+            self.points.resume(self.iteration)
+        return found

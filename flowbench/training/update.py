@@ -23,7 +23,7 @@ from flowbench.training.rows import UPDATE, Cut, compared, drawn, shuffled
 class Updater:
     """Trains the policy, and the algorithm's own networks, on batches of rows.
 
-    average: the running average of the trained weights.
+    average: the running average of the trained weights; updates: optimizer steps of the policy so far.
     """
 
     def __init__(self, config: RunConfig, policy: Policy, algorithm: Algorithm) -> None:
@@ -38,8 +38,8 @@ class Updater:
         self.average = WeightAverage(self.parameters, training.ema)
         if training.anchor_decay is not None:
             policy.add_view(ANCHOR)
-        self._iteration = 0
-        self.portion = Portion(UPDATE, training.microbatch, "rows")
+        self._iteration, self.updates = 0, 0
+        self.portion = Portion(UPDATE, training.microbatch, "rows", policy.evaluations)
         self.finite = Finite()
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
@@ -74,7 +74,9 @@ class Updater:
         Whether all of it is finite, `finite.check` says.
         """
         own = self._own(batch)
-        portion = self.portion if microbatch == self.config.training.microbatch else Portion(UPDATE, microbatch, "rows")
+        portion = self.portion
+        if microbatch != self.config.training.microbatch:
+            portion = Portion(UPDATE, microbatch, "rows", self.policy.evaluations)
         cut = Cut(portion.size or len(batch), self.algorithm.whole_groups)
         processes = self.policy.processes
         with self.policy.anchored():
@@ -131,6 +133,7 @@ class Updater:
             for _ in range(self.config.training.auxiliary_steps - 1):
                 self._extra_auxiliary_step(batch, self.auxiliary_optimizer)
         if updates_policy:
+            self.updates += 1
             self.algorithm.after_update(self.policy)
             self.average.step()
         return metrics

@@ -300,18 +300,19 @@ def test_every_further_step_of_the_critic_has_a_gradient_of_its_own(
     ("settings", "extra"),
     [
         ({"algorithm.critic": "sees"}, 0),
-        ({"algorithm.critic": "preview"}, 32),
-        ({"algorithm.critic": "none", "algorithm.log_preview": True}, 32),
-        ({"algorithm.critic": "preview", "algorithm.log_preview": True}, 64),
+        ({"algorithm.critic": "preview"}, 16),
+        ({"algorithm.critic": "none", "algorithm.log_preview": True}, 16),
+        ({"algorithm.critic": "preview", "algorithm.log_preview": True}, 32),
     ],
 )
 def test_the_reward_calls_of_a_preview_are_on_the_budget(
     tmp_path: Path, tiny_config: TinyConfig, make_trainer: MakeTrainer, settings: dict[str, Any], extra: int
 ):
-    trainer = make_trainer(tiny_config("acflow", overrides={**settings, "algorithm.warmup": 1}), tmp_path)
+    brief = {"algorithm.warmup": 1, "training.prompts_per_iteration": 2, "training.images": 16}
+    trainer = make_trainer(tiny_config("acflow", overrides={**settings, **brief}), tmp_path)
     trainer.run()
-    assert trainer.budget.reward_calls == 32 + extra
-    assert trainer.budget.images == 32
+    assert trainer.budget.reward_calls == 16 + extra
+    assert trainer.budget.images == 16
 
 
 @pytest.mark.parametrize("kind", ["sees", "preview"])
@@ -319,7 +320,8 @@ def test_the_gradient_is_the_same_whatever_the_microbatch_with_a_critic_that_see
     tmp_path: Path, tiny_config: TinyConfig, make_trainer: MakeTrainer, kind: str
 ):
     settings = {"algorithm.critic": kind, "algorithm.shaping": "normalize", "algorithm.warmup": 1}
-    trainer = make_trainer(tiny_config("acflow", overrides={**settings, "training.minibatch": 16}), tmp_path)
+    settings |= {"training.prompts_per_iteration": 2, "training.images": 16}
+    trainer = make_trainer(tiny_config("acflow", overrides=settings), tmp_path)
     trainer.run()
     batch = trainer.algorithm.prepare(trainer.collector.collect(2, trainer.budget))
     batch = drawn(trainer.algorithm, trainer.policy, batch)

@@ -35,9 +35,12 @@ def run(main: Main, model: str, output: Path, *arguments: str) -> Path:
 
 
 @models
-def test_a_run_leaves_its_exact_point_and_the_frontiers_picture(flowbench_main: Main, model: str, tmp_path: Path):
+def test_a_run_leaves_its_exact_point_and_the_frontiers_picture(
+    flowbench_main: Main, model: str, tmp_path: Path, pictures: Callable
+):
     exact_end = ["--set", "training.ema=0"]  # the path is that of the current weights
-    folder = run(flowbench_main, model, tmp_path, "--set", "evaluation.images_per_prompt=512", *exact_end)
+    with pictures():
+        folder = run(flowbench_main, model, tmp_path, "--set", "evaluation.images_per_prompt=512", *exact_end)
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     scores = record["scores"]
     assert scores["kl/test"]["base"] == 0.0

@@ -13,17 +13,26 @@ from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.presets import load_preset, preset_names
 from flowbench.prompts import prompt_sets, splits
 from flowbench.registry import algorithms, rewards
+from flowbench.reporting.escape import terminal as escape
+from flowbench.workloads import load_workload, workload_names
 
 if TYPE_CHECKING:
     from flowbench.cli.doctor import Finding
 
 
 def listing(what: str, output: Path) -> None:
-    """Algorithms, rewards, models, prompts or runs.
+    """Algorithms, rewards, models, prompts, workloads or runs.
 
     Raises UsageError for anything else.
     """
-    makers = {"algorithms": _algorithms, "rewards": _rewards, "models": _models, "prompts": _prompts}
+    makers = {
+        "algorithms": _algorithms,
+        "rewards": _rewards,
+        "models": _models,
+        "prompts": _prompts,
+        "workloads": _workloads,
+        "defaults": _defaults,
+    }
     if what == "runs":
         console.print(_runs(output))
     elif what in makers:
@@ -73,6 +82,26 @@ def _prompts() -> Table:
         for split in splits(FOLDER / name):
             content = load_split(name, split)
             table.add_row(name, split, str(len(content.prompts)), content.sha256[:12])
+    return table
+
+
+def _workloads() -> Table:
+    table = _table("workload", "model", "reward", "images", "hash", "what it asks")
+    for name in workload_names():
+        w = load_workload(name)
+        table.add_row(f"{name}, {w.version}", w.model, w.reward, str(w.images), w.hash, w.summary)
+    return table
+
+
+def _defaults() -> Table:
+    """What each algorithm brings for the models that it knows, and which search that comes from."""
+    table = _table("algorithm", "model", "settings", "log")
+    for name in algorithms.names():
+        for model, own in algorithms.get(name).cls.defaults.items():
+            named = {f"training.{key}": value for key, value in own.training.items()}
+            named |= {f"algorithm.{key}": value for key, value in own.algorithm.items()}
+            settings = " ".join(f"{key}={value}" for key, value in named.items())
+            table.add_row(escape(name), escape(model), escape(settings), escape(own.log or "no search"))
     return table
 
 

@@ -33,6 +33,7 @@ def dry_run(config: RunConfig, plan: Plan | None = None) -> None:
         f"cost: {t.images} training images ({counts.training.total} function evaluations to sample them) in "
         f"{counts.iterations} iterations of {t.images_per_iteration}, {t.images} reward calls; "
         f"{counts.evaluation_images} images to evaluate"
+        + (f"; {counts.dev.images} images on dev at the points of the budget" if counts.dev else "")
     )
     if plan is not None:
         from flowbench.cli.display.planning import show
@@ -50,7 +51,7 @@ def scores(record: Record, folder: Path) -> None:
         f"{b.seconds:.0f} s training + {b.evaluation_seconds:.0f} s evaluation, peak {b.peak_memory_mb / 1024:.2f} GB",
         soft_wrap=True,
     )
-    parts = ("record.json", "curves.png", "frontier.png", "samples/", "checkpoints/tuned/")
+    parts = ("record.json", "curves.png", "metrics.png", "frontier.png", "samples/", "checkpoints/tuned/")
     there = ", ".join(part for part in parts if (folder / part).exists())
     console.print(f"{folder}: {there}", highlight=False, soft_wrap=True)
 

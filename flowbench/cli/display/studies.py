@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
 
 
 class StudyProgress(LiveProgress):
-    """Runs done of a study, and the progress of those at work; on stderr, since the table may go to a file."""
+    """Runs done of a study, rate, time left and failures, and the progress of those at work.
+
+    On stderr, since the table may go to a file.
+    """
 
     def __init__(self) -> None:
         super().__init__(Console(stderr=True))
+        self.begun, self.ended, self.failed = time.monotonic(), 0, 0
 
     def listener(self) -> StudyListener:
         """The callbacks for `study.run_jobs`."""
@@ -48,11 +53,29 @@ class StudyProgress(LiveProgress):
         self.show(job.label, done, total)
 
     def _outcome(self, outcome: Outcome, done: int, total: int) -> None:
-        self.show("runs", done, total)
+        self.ended += 1
+        self.failed += outcome.failure is not None
+        pace = self._pace(total - done)
+        self.show("runs", done, total, pace)
         if outcome.job.label in self.tasks:
             self.progress.remove_task(self.tasks.pop(outcome.job.label))
         state = f"[red]failed[/]: {escape(outcome.failure)}" if outcome.failure else "done"
-        self.progress.console.print(f"run {done} of {total}, {escape(outcome.job.label)}: {state}", soft_wrap=True)
+        line = f"run {done} of {total}, {escape(outcome.job.label)}: {state}; {pace}"
+        self.progress.console.print(line, soft_wrap=True, highlight=False)
+
+    def _pace(self, left: int) -> str:
+        """Runs per hour since the start, the time left, and how many failed."""
+        each = (time.monotonic() - self.begun) / self.ended
+        parts = [f"{3600 / max(each, 1e-3):.3g} runs/h", f"{duration(each * left)} left"]
+        return ", ".join(parts + ([f"{self.failed} failed"] if self.failed else []))
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _table(title: str, *headings: str) -> Table:

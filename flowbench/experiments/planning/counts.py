@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flowbench.config import RunConfig
+from flowbench.models.counting import DEV
 from flowbench.models.families import family_entry
-from flowbench.models.presets import ModelPreset, load_preset
-from flowbench.prompts import load_split
+from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
+from flowbench.prompts import available_splits, load_split
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a run samples: in training, and in the evaluation of one model, once for each guidance."""
+    """What a run samples: in training, in the evaluation of one model, once for each guidance, and at all points.
+
+    dev: the images of the points of the budget and of the base model there; None where there are no points, or they
+    are exact.
+    """
 
     training: Sampling
     evaluation: tuple[Sampling, ...]
     iterations: int
     evaluated_prompts: int
+    dev: Sampling | None = None
 
     @property
     def evaluation_images(self) -> int:
@@ -58,7 +64,17 @@ def count(config: RunConfig) -> Counts:
         evaluation=tuple(_sampling(preset, prompts * e.images_per_prompt, e.num_steps, s) for s in scales),
         iterations=t.iterations,
         evaluated_prompts=prompts,
+        dev=_on_dev(config, preset, scale),
     )
+
+
+def _on_dev(config: RunConfig, preset: ModelPreset, scale: float) -> Sampling | None:
+    e, prompt_set = config.evaluation, config.prompt_set(preset)
+    if not e.points or isinstance(preset, AnalyticPreset) or DEV not in available_splits(prompt_set):
+        return None
+    prompts = min(len(load_split(prompt_set, DEV).prompts), e.prompts)
+    points = 1 + min(e.points, config.training.iterations)
+    return _sampling(preset, points * prompts * e.dev_images_per_prompt, e.num_steps, scale)
 
 
 def _sampling(preset: ModelPreset, images: int, num_steps: int | None, scale: float) -> Sampling:

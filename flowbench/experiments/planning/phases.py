@@ -15,6 +15,7 @@ from flowbench.config import RunConfig
 from flowbench.evaluation.judges import build_reward, half_on_gpu
 from flowbench.evaluation.protocol import decode_batch
 from flowbench.experiments.planning.needs import Needs, Slope
+from flowbench.experiments.planning.repeats import skip_repeats
 from flowbench.experiments.planning.stand_ins import Scorer, counting, on_meta
 from flowbench.experiments.planning.storages import META, Meter, simulated
 from flowbench.models.families.random_init import assemble, blueprint, network
@@ -79,10 +80,13 @@ class _Dry:
                 self.policy.add_view(ANCHOR)
         if plan := self.algorithm.plan().sampler:
             self.policy.sampler = get_sampler(plan)
+        skip_repeats(meter, {*self.policy.family.modules(), *self.policy.views.modules()})
 
     def _built(self, name: str, half: bool) -> Scorer:
         with META:
-            return Scorer(build_reward(name, self.preset, META), half)
+            scorer = Scorer(build_reward(name, self.preset, META), half)
+        skip_repeats(self.meter, scorer.modules())
+        return scorer
 
     def _score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         self.scored += len(prompts)
@@ -218,6 +222,7 @@ class _Dry:
         made = {name: network(part, dtype, lambda: META) for name, part in parts.items()}
         if not made:
             return {}, Slope(0, 0)
+        skip_repeats(self.meter, made.values())
         largest = max(made, key=lambda name: self._bytes(made[name]))
         of_clip = parts[largest].cls.startswith("CLIP")
         length = (

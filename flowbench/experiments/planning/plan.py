@@ -256,6 +256,13 @@ def _costs(config: RunConfig, needs: Needs, counts: Counts, tflops: float) -> It
         yield cost(f"loss {view}", rows, rows * each, 0 if n else rows * needs.update.flops)
     if needs.scored:
         yield cost("reward in the loss", rows * needs.scored, 0, 0)
+    if counts.dev:
+        step = needs.step.flops if counts.dev.guidance_scale > 1 else needs.free
+        judged = needs.score.flops + needs.decode.flops
+        if config.evaluation.dev_judges:
+            judged += sum(slope.flops for _, slope in needs.judges.values())
+        images = counts.dev.images
+        yield cost("points on dev", images, counts.dev.total, images * (counts.dev.steps * step + judged))
     for model in ("base", "tuned"):
         for part in counts.evaluation:
             per_step = needs.step.flops if part.guidance_scale > 1 else needs.free

@@ -39,7 +39,11 @@ class Scorer:
 
     def bytes(self, count: Callable[..., int]) -> int:
         """Bytes of all networks."""
-        return count(*(module for part in self.parts for module in modules_of(part)))
+        return count(*self.modules())
+
+    def modules(self) -> list[torch.nn.Module]:
+        """All networks."""
+        return [module for part in self.parts for module in modules_of(part)]
 
 
 class _ShapesOnly:

@@ -57,6 +57,11 @@ class Meter(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
         self._results: dict[Any, list[_Shape] | None] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to be hidden from the compiler costs its import, and time at every operation."""
+        return False
+
     def start(self) -> None:
         """Forget the peak and the operations so far."""
         self.peak, self.flops = self.live, 0

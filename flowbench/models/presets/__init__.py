@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -19,6 +21,7 @@ FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
 ANALYTIC = "analytic:"  # a source that is a formula
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+ALGORITHM_SECTIONS = ("training", "algorithm")  # of a preset's settings of an algorithm
 OWN_SPACING: Literal["pipeline"] = "pipeline"  # of a sampler's steps: that of the pipeline's own call
 
 
@@ -32,7 +35,7 @@ class ModelPreset(BaseModel):
     constructor arguments per reward; training, evaluation: overrides of the general defaults. Algorithms bring their
     own defaults for the models that they know by name; like: the built-in model whose defaults they use if they do not
     know this one. algorithms: settings laid over those, for an algorithm of another package or to change one on this
-    model, in the sections training and algorithm, and under rewards.NAME in such sections for one reward alone.
+    model, in the sections training and algorithm; the same for every reward.
     random_init: weights, also those of the rewards, are drawn at random instead of read; to measure, not to compare.
     """
 
@@ -76,11 +79,10 @@ class ModelPreset(BaseModel):
         """W of an image, in pixels."""
         return self.resolution if isinstance(self.resolution, int) else self.resolution[1]
 
-    def settings(self, algorithm: str, reward: str) -> dict[str, dict[str, Any]]:
-        """What the preset itself says, by section, of an algorithm on a reward."""
-        general = self.algorithms.get(algorithm, {})
-        special = general.get("rewards", {}).get(reward, {})
-        return {name: {**general.get(name, {}), **special.get(name, {})} for name in ("training", "algorithm")}
+    def settings(self, algorithm: str) -> dict[str, dict[str, Any]]:
+        """What the preset itself says of an algorithm, by section."""
+        own = self.algorithms.get(algorithm, {})
+        return {name: own.get(name, {}) for name in ALGORITHM_SECTIONS}
 
     def resolve_source(self) -> str:
         """The folder or hub id to load; a folder of that name below FLOWBENCH_WEIGHTS comes first."""
@@ -153,13 +155,19 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
             return ModelPreset.model_validate(described(name, folder))
         raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
     except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
     _check_names(preset, path)
     return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """YAML takes long to read, and a run looks at its model's file at every checkpoint."""
+    return yaml.safe_load(text)
 
 
 def _with_random_weights(preset: ModelPreset) -> ModelPreset:
@@ -173,6 +181,12 @@ def _check_names(preset: ModelPreset, path: Path) -> None:
         family_entry(preset.family)
     except UsageError as error:
         raise UsageError(f"model file '{path}': {error}") from error
+    for algorithm, sections in preset.algorithms.items():
+        for section in set(sections) - set(ALGORITHM_SECTIONS):
+            raise UsageError(
+                f"model file '{path}' has settings of {algorithm} under '{section}'; use training and algorithm: no "
+                "setting may depend on the reward's name"
+            )
     if preset.like is not None and preset.like not in preset_names():
         known = did_you_mean(preset.like, preset_names())
         raise UsageError(f"model file '{path}' is like '{preset.like}', which is no built-in model{known}")

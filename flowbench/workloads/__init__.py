@@ -1,0 +1,122 @@
+"""Workloads: what is compared on. A model, a reward, prompts, a budget, a protocol and a target, frozen in a YAML file.
+
+The built-in ones lie beside this file; whatever has the form of them is one too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from flowbench.errors import UsageError, did_you_mean
+from flowbench.prompts import locate
+from flowbench.sections import EvaluationConfig
+from flowbench.terms import parse_reward, spell
+
+FOLDER = Path(__file__).parent
+
+
+class Target(BaseModel):
+    """What a run is to reach on split `dev`.
+
+    metric: a name that scores have, such as "oracle_exact"; gains: the targets, tuned minus base; diversity: the least
+    share of the base model's that must be kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str
+    gains: tuple[float, ...] = Field(min_length=1)
+    diversity: float = Field(0.9, ge=0, le=1)
+
+
+class Workload(BaseModel):
+    """One workload. It names no algorithm and no setting of one.
+
+    model: a preset's name, a preset file, a pipeline's folder or hub id; reward: one, or a weighted sum; prompts: in
+    place of the model's own set; images: the budget; evaluation: what the protocol has other than the model's preset;
+    target: None until it is fixed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^\w[\w.+-]*$", max_length=80)
+    version: int = Field(1, ge=1)
+    summary: str = ""
+    model: str
+    reward: str
+    prompts: str | None = None
+    images: int = Field(ge=1)
+    evaluation: dict[str, Any] = {}
+    target: Target | None = None
+
+    @field_validator("evaluation")
+    @classmethod
+    def _is_of_the_protocol(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name in values:
+            if name not in EvaluationConfig.model_fields:
+                raise ValueError(f"unknown setting '{name}'{did_you_mean(name, EvaluationConfig.model_fields)}")
+        return values
+
+    @property
+    def hash(self) -> str:
+        """Ten hex digits over all that decides what is run and how it is scored.
+
+        The target is not in it, since it is fixed from the results of such runs; nor are the summary, and where files
+        lie: their contents are in the hash of a run's settings.
+        """
+        content = self.model_dump(mode="json", exclude={"summary", "target"})
+        content |= {key: _without_folder(content[key]) for key in ("model", "prompts")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+    def overrides(self) -> dict[str, Any]:
+        """Budget and protocol as settings of a run, {"training.images": 2880, ...}."""
+        return {"training.images": self.images, **{f"evaluation.{k}": v for k, v in self.evaluation.items()}}
+
+
+def _without_folder(name: str | None) -> str | None:
+    return Path(name).name if name and Path(name).is_absolute() else name
+
+
+def workload_names() -> list[str]:
+    """Names of the built-in workloads."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_workload(name: str, folder: Path = Path()) -> Workload:
+    """The built-in workload of that name, or that of a YAML file, whose path is relative to `folder`.
+
+    Model and prompts of a file may be paths relative to it. Raises UsageError for an unknown name, a file that is no
+    workload, or a reward that is not known.
+    """
+    own = not name.endswith((".yaml", ".yml"))
+    path = FOLDER / f"{name}.yaml" if own else folder / name
+    if own and name not in workload_names():
+        raise UsageError(f"unknown workload '{name}'{did_you_mean(name, workload_names())}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        workload = Workload.model_validate({"name": path.stem, **content})
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValidationError) as error:
+        raise UsageError(f"workload file '{path}' is not a workload: {first_fault(error)}") from error
+    located: dict[str, Any] = {"reward": spell(parse_reward(workload.reward))}
+    if not own:
+        if (path.parent / workload.model).exists():
+            located["model"] = str((path.parent / workload.model).resolve())
+        if workload.prompts:
+            located["prompts"] = locate(workload.prompts, path.parent)
+    return workload.model_copy(update=located)
+
+
+def first_fault(error: Exception) -> str:
+    """The first thing that is wrong with a file, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        known = "" if first["type"] != "extra_forbidden" else ", which is unknown"
+        return f"'{place}'{known or ': ' + first['msg'].lower()}" if place else first["msg"].lower()
+    return str(error).splitlines()[0]
