@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from flowbench.evaluation.statistics.targets import FLOOR
+
 VERSION = 1
 
 Axis = Literal["images", "evaluations", "seconds"]
@@ -130,10 +132,14 @@ class Roles(_Part):
 
 
 class Goal(_Part):
-    """A target on `dev`: tuned minus base. fixed: stated by the workload; else half of the largest median gain here."""
+    """A target on `dev`: tuned minus base, with at least this share of the base model's diversity.
+
+    fixed: stated by the workload; else half of the largest median gain of these runs.
+    """
 
     metric: str
     gain: float
+    diversity: float = FLOOR
     fixed: bool
 
 

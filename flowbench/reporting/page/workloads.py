@@ -33,8 +33,8 @@ COSTS = {
 }
 
 
-def workload(table: Table, place: int, title: str, fixed: tuple[str, float] | None) -> data.Workload:
-    """Everything that the page says of one workload. fixed: its target's metric and gain, where it states one."""
+def workload(table: Table, place: int, title: str, fixed: data.Goal | None) -> data.Workload:
+    """Everything that the page says of one workload. fixed: its target, where it states one."""
     names, roles = names_of(table), roles_of(table)
     target = curves.goal(table, roles.truth, fixed)
     columns = _columns(table, target)

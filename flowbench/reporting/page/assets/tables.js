@@ -26,14 +26,14 @@ function overview(data, methods) {
     return { domain: ends.length ? extent(ends, 0.04) : [-1, 1], places: decimals(found.map((n) => n.value)) };
   });
   const profiled = data.profile !== null;
-  const head = h("tr", {}, h("th", { scope: "col" }, "Method"), profiled ? h("th", { scope: "col", class: "right" }, "Profile") : null,
+  const head = h("tr", {}, h("th", { scope: "col", class: "sticky" }, "Method"), profiled ? h("th", { scope: "col", class: "right" }, "Profile") : null,
     data.workloads.map((w) => h("th", { scope: "col" }, h("a", { href: `#${w.id}` }, w.name),
       h("span", { class: "sub" }, w.by ? `gain in ${w.by}` : "no score"))));
   const lines = data.overview.map((one) => h("tr", {},
-    h("th", { scope: "row" }, named(methods[one.method], one.label)),
+    h("th", { scope: "row", class: "sticky" }, named(methods[one.method], one.label)),
     profiled ? h("td", { class: "right" }, one.area === null ? "–" : one.area.toFixed(2)) : null,
     data.workloads.map((w, k) => overviewCell(w, w.rows.find((row) => row.label === one.label), methods[one.method], scales[k]))));
-  return h("table", { class: "overview" },
+  return h("table", { class: data.workloads.length > 3 ? "overview many" : "overview" },
     h("caption", { class: "unseen" }, "Gain over the base model of every method on every workload, with ranks"),
     h("thead", {}, head), h("tbody", {}, lines));
 }
