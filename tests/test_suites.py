@@ -183,7 +183,7 @@ def test_a_suite_killed_at_random_moments_and_repeated_leaves_the_records_of_an_
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ):
     suite, expected = undisturbed
-    kill_and_repeat(suite, tmp_path / "runs", 2, 0, "--jobs", "2")
+    kill_and_repeat(suite, tmp_path / "runs", 2, 0)
     assert results(tmp_path / "runs") == expected
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert "6 done, 0 begun, 0 failed, 0 missing" in log
