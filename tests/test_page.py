@@ -67,6 +67,7 @@ def test_equal_methods_are_not_separable():
 
 def test_a_single_seed_tells_nothing_apart():
     page = page_of(levels({"nft": 0.2, "awm": 0.0}, seeds=1))
+    assert [(row.rank, row.shares_first) for row in page.workloads[0].rows] == [(None, False)] * 2
     assert page.verdict == ("One finished run a method: there are no intervals, and nothing can be told apart.",)
 
 

@@ -81,7 +81,7 @@ class Run(_Part):
 class Row(_Part):
     """One method with one setting on one workload.
 
-    label: unique in its workload; rank: best and worst that all pairs admit, None without a finished run; values: by
+    label: unique in its workload; rank: best and worst that all pairs admit, None without an interval; values: by
     column; broken: in how many runs a metric is not finite; reached: by axis; curve: empty without points; settings:
     of its first run, by their full names.
     """
