@@ -29,7 +29,7 @@ What flowbench added; the page's literal configuration has none of it:
 7. With `w2_every` n, the W2 term is measured on every n-th row, n times as heavy: the same expectation for an n-th of
    the reference's forward passes. Its gradient, alpha (v - v_ref), has no noise of u, so that a few rows tell it. Which
    rows they are is decided in `prepare`, over the whole iteration.
-8. On mini-sd3 and Stable Diffusion 3 v_ref is a moving average of the policy (`training.anchor_decay`, as in
+8. On Stable Diffusion 3 v_ref is a moving average of the policy (`training.anchor_decay`, as in
    2404.09656): the pull then bounds the policy's speed and not its distance, and the gain does not end where pull and
    signal balance.
 9. The critics "sees" and "preview" look at the one-step estimate x0_hat (flowbench.toolkit.seeing).
@@ -63,7 +63,7 @@ from flowbench.algorithm import (
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
 from flowbench.toolkit.critic import errors_within_prompts, explained_by_sigma, sight
-from flowbench.toolkit.defaults import HAND_SEARCH
+from flowbench.toolkit.defaults import HAND_SEARCH, OWN_NETWORKS, with_common
 from flowbench.toolkit.matching import state_of
 from flowbench.toolkit.seeing import CriticKind, PreviewCritic, make_critic
 from flowbench.toolkit.shaping import WEIGHTS, Kind, RewardShaping, Weighting, clipped, effective_sample_size
@@ -105,10 +105,12 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         "effective_sample_size": "(sum |w|)^2 / (n sum w^2), before centring",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(
-            {"learning_rate": 3e-4, "minibatch": 128, "auxiliary_steps": 1, "ema": 0.97, "anchor_decay": 0.95},
-            {"shaping": "normalize", "states_per_image": 4, "alpha": 1.0, "w2_every": 4, "warmup": 3},
-            HAND_SEARCH,
+        "mini-sd3": with_common(
+            "mini-sd3",
+            "forward-process",
+            {**OWN_NETWORKS, "learning_rate": 3e-4, "ema": 0.97},
+            log=HAND_SEARCH,
+            takes=("states_per_image",),
         ),
         # Not measured there; the page has the reasons at length.
         "sd3.5-medium": Defaults(
@@ -149,8 +151,8 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         {"critic": "preview"},
         {"center": False},
         {"training.shared_noise": False},
-        {"w2_every": 1},
-        {"training.anchor_decay": None},
+        {"w2_every": 4},
+        {"training.anchor_decay": 0.95},
         {"control_variate": True},
     )
 

@@ -33,8 +33,8 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH
-from flowbench.toolkit.matching import MINI_SD3_MATCHING, Matching, MatchingConfig, renoised
+from flowbench.toolkit.defaults import HAND_SEARCH, with_common
+from flowbench.toolkit.matching import Matching, MatchingConfig, renoised
 
 
 @register_algorithm("adrpo", paper="arXiv:2510.18053", needs={"endpoint"}, family="forward-process")
@@ -49,8 +49,13 @@ class Adrpo(Matching["Adrpo.Config"]):
         "strength": "mean of |A| / beta0",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(
-            {**MINI_SD3_MATCHING, "reward_scale": "standardized"}, {"states_per_image": 4, "beta0": 0.2}, HAND_SEARCH
+        "mini-sd3": with_common(
+            "mini-sd3",
+            "forward-process",
+            {"learning_rate": 2e-4},
+            {"beta0": 0.2},
+            HAND_SEARCH,
+            takes=("states_per_image",),
         ),
         # Images of the policy whose velocity is regressed: docs/guidance.md.
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),

@@ -40,8 +40,8 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH
-from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, TrailingMatching, renoised
+from flowbench.toolkit.defaults import HAND_SEARCH, with_common
+from flowbench.toolkit.matching import MatchingConfig, TrailingMatching, renoised
 from flowbench.toolkit.policy_gradient import clipped_surrogate
 
 
@@ -65,7 +65,14 @@ class Awm(TrailingMatching["Awm.Config"]):
         "lag": "mean_d (v - v_average)^2",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "beta": 0.003}, HAND_SEARCH),
+        "mini-sd3": with_common(
+            "mini-sd3",
+            "forward-process",
+            {"learning_rate": 2e-4},
+            {"beta": 0.003},
+            HAND_SEARCH,
+            takes=("states_per_image",),
+        ),
         # scxue/advantage_weighted_matching, config/dgx_awm.py, geneval_sd3_no_cfg (beta: OCR 0.003, PickScore 1e-4).
         "sd3.5-medium": Defaults(
             {

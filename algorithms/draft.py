@@ -35,7 +35,7 @@ from flowbench.algorithm import (
 from flowbench.errors import UsageError
 from flowbench.models.flow import interpolate
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH
+from flowbench.toolkit.defaults import HAND_SEARCH, with_common
 
 
 @register_algorithm("draft", paper="arXiv:2309.17400", needs={"states", "reward_grad"}, family="reward-gradient")
@@ -58,7 +58,7 @@ class Draft(Algorithm["Draft.Config"]):
         "reward_replayed": "mean reward of the images computed again with gradient",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults({"learning_rate": 1.5e-4, "minibatch": 32}, log=HAND_SEARCH),
+        "mini-sd3": with_common("mini-sd3", "reward-gradient", {"learning_rate": 1.5e-4}, log=HAND_SEARCH),
         # The pipeline's own grid ends with a step that changes nothing: two are the paper's one (docs/sampling.md).
         "sd3.5-medium": Defaults({}, {"steps": 2}),
     }

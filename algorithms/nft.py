@@ -39,8 +39,8 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH
-from flowbench.toolkit.matching import MINI_SD3_MATCHING, MatchingConfig, Renoised, TrailingMatching, renoised
+from flowbench.toolkit.defaults import HAND_SEARCH, with_common
+from flowbench.toolkit.matching import MatchingConfig, Renoised, TrailingMatching, renoised
 
 
 @register_algorithm("nft", paper="arXiv:2509.16117", needs={"endpoint", "old"}, family="forward-process")
@@ -61,7 +61,14 @@ class Nft(TrailingMatching["Nft.Config"]):
         "old_distance": "mean_d (v - v_old)^2",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(MINI_SD3_MATCHING, {"states_per_image": 4, "kl": 0.5}, HAND_SEARCH),
+        "mini-sd3": with_common(
+            "mini-sd3",
+            "forward-process",
+            {"learning_rate": 2e-4},
+            {"kl": 0.5},
+            HAND_SEARCH,
+            takes=("states_per_image",),
+        ),
         # NVlabs/DiffusionNFT, config/nft.py, sd3_geneval and sd3_pickscore; its sampler is a second-order solver.
         "sd3.5-medium": Defaults(
             {

@@ -37,7 +37,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH
+from flowbench.toolkit.defaults import HAND_SEARCH, with_common
 from flowbench.toolkit.matching import renoised
 
 
@@ -58,7 +58,9 @@ class OnlineDpo(Algorithm["OnlineDpo.Config"]):
         "pairs": "share of rows whose two images differ in reward",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults({"learning_rate": 2e-4, "minibatch": 32}, {"states_per_pair": 8}, HAND_SEARCH),
+        "mini-sd3": with_common(
+            "mini-sd3", "preference", {"learning_rate": 2e-4}, log=HAND_SEARCH, takes=("states_per_pair",)
+        ),
         # yifan123/flow_grpo, config/dpo.py, geneval_sd3 and pickscore_sd3.
         "sd3.5-medium": Defaults(
             {

@@ -11,8 +11,7 @@ reference's own reward cannot do that: it is a difference of two probabilities, 
 Deviations from the paper and its reference code (markerthu/orw-cfm, finetune_fm.py):
 1. The paper's t runs from noise to data; here sigma = 1 - t.
 2. tau 0.5 and alpha 1.0 are the code's, for CIFAR and a reward in [-1, 1]. Rewards are not normalised, as there.
-3. Weights are divided by their mean, for the reason above; the code takes them as they are. The settings of mini-sd3
-   were found with weights as they are, and keep them: its rewards are bounded.
+3. Weights are divided by their mean, for the reason above; the code takes them as they are.
 4. Noise and images are paired independently. The code pairs them by minibatch optimal transport, which reorders the
    images but not the weights, so that a weight meets another image.
 5. The code draws t uniformly, as here on the analytic models; elsewhere sigmas come from
@@ -34,7 +33,6 @@ from pydantic import Field
 from flowbench.algorithm import (
     COMMON_SEARCH_SPACE,
     Algorithm,
-    AlgorithmConfig,
     Batch,
     Defaults,
     Draws,
@@ -46,8 +44,8 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA
-from flowbench.toolkit.matching import renoised
+from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA, with_common
+from flowbench.toolkit.matching import MatchingConfig, renoised
 
 PLANE: Mapping[str, Any] = {"sigma_distribution": "uniform", "epochs": 8, "ema": 0.98}
 
@@ -56,7 +54,9 @@ PLANE: Mapping[str, Any] = {"sigma_distribution": "uniform", "epochs": 8, "ema":
 class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
     """Online reward-weighted flow matching with Wasserstein-2 regularisation."""
 
-    class Config(AlgorithmConfig):
+    class Config(MatchingConfig):
+        added_later: ClassVar = frozenset({"states_per_image"})
+
         tau: float = Field(0.5, gt=0, description="inverse temperature of exp(tau r); reference code, CIFAR")
         alpha: float = Field(1.0, ge=0, description="Wasserstein-2 regularisation; reference code, CIFAR")
         normalize: Literal["none", "iteration"] = Field(
@@ -69,10 +69,12 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
         "weight": "mean of w",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(
-            {**MINI_SD3_LORA, "learning_rate": 2e-3, "minibatch": 32, "epochs": 3, "reward_scale": "standardized"},
-            {"tau": 5.0, "alpha": 100.0, "normalize": "none"},
-            HAND_SEARCH,
+        "mini-sd3": with_common(
+            "mini-sd3",
+            "forward-process",
+            {**MINI_SD3_LORA, "learning_rate": 2e-3},
+            log=HAND_SEARCH,
+            takes=("states_per_image",),
         ),
         # Images of the policy whose velocity is regressed: docs/guidance.md.
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),
@@ -95,7 +97,7 @@ class OrwCfmW2(Algorithm["OrwCfmW2.Config"]):
         advantage, tau = rollout.reward, self.cfg.tau
         if self.cfg.normalize == "iteration":
             advantage = advantage - ((tau * advantage).logsumexp(0) - math.log(len(rollout))) / tau
-        return endpoints(rollout, advantage)
+        return endpoints(rollout, advantage, copies=self.cfg.states_per_image)
 
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         noisy = renoised(batch)

@@ -31,7 +31,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA
+from flowbench.toolkit.defaults import HAND_SEARCH, MINI_SD3_LORA, with_common
 from flowbench.toolkit.matching import Matching, MatchingConfig, renoised
 
 
@@ -48,16 +48,12 @@ class Raft(Matching["Raft.Config"]):
         "kept": "mean reward of the kept images above their prompt's mean",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults(
-            {
-                **MINI_SD3_LORA,
-                "learning_rate": 4e-4,
-                "minibatch": 128,
-                "prompts_per_iteration": 4,
-                "images_per_prompt": 16,
-            },
-            {"states_per_image": 16, "share": 0.0625},
-            HAND_SEARCH,
+        "mini-sd3": with_common(
+            "mini-sd3",
+            "forward-process",
+            {**MINI_SD3_LORA, "learning_rate": 4e-4},
+            log=HAND_SEARCH,
+            takes=("states_per_image",),
         ),
         # Images of the policy whose velocity is regressed: docs/guidance.md.
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),

@@ -35,7 +35,7 @@ from flowbench.algorithm import (
 )
 from flowbench.models.flow import predict_x0, velocity_error
 from flowbench.models.policy import Policy
-from flowbench.toolkit.defaults import HAND_SEARCH
+from flowbench.toolkit.defaults import HAND_SEARCH, with_common
 
 
 @register_algorithm("refl", paper="arXiv:2304.05977", needs={"states", "reward_grad"}, family="reward-gradient")
@@ -55,7 +55,7 @@ class Refl(Algorithm["Refl.Config"]):
         "reward_x0_hat": "mean reward of the one-step predictions x0_hat",
     }
     defaults: ClassVar = {
-        "mini-sd3": Defaults({"learning_rate": 3e-4, "minibatch": 32}, log=HAND_SEARCH),
+        "mini-sd3": with_common("mini-sd3", "reward-gradient", {"learning_rate": 3e-4}, log=HAND_SEARCH),
         "sd3.5-medium": Defaults({"guidance_scale": 1.0}),  # as the reference code: docs/guidance.md
     }
     search_space: ClassVar = {

@@ -42,15 +42,6 @@ gc.set_threshold(100_000, 20, 20)
 FROZEN = {"modules": 0}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that read what a fixture of their module makes go to one worker, so that it is made once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
-        if any(f.scope == "module" for each in fixtures for f in each) and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What libraries brought since the last look is never garbage, and is not looked at again."""
     if len(sys.modules) > FROZEN["modules"] + 100:

@@ -291,8 +291,8 @@ def test_ac_flows_ablations_change_one_stabiliser_critic_or_added_device_each(tm
         "critic=preview",
         "center=false",
         "training.shared_noise=false",
-        "w2_every=1",
-        "training.anchor_decay=null",
+        "w2_every=4",
+        "training.anchor_decay=0.95",
         "control_variate=true",
     ]
     for variant in variants[1:]:

@@ -209,15 +209,7 @@ def test_every_command_stands_here():
     assert set(commands(typer.main.get_command(cli.app))) == set(CASES)
 
 
-def working() -> Iterator[Any]:
-    """The commands that come to an end; those that read the finished run are tested by one worker, which makes it."""
-    for name, case in CASES.items():
-        if case.works is not None and not case.until:
-            shared = [pytest.mark.xdist_group("commands")] if "{run}" in case.works else []
-            yield pytest.param(name, marks=shared)
-
-
-@pytest.mark.parametrize("name", working())
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.works is not None and not case.until])
 def test_a_command_works_in_a_process_of_its_own(
     name: str, tmp_path: Path, place: Path, request: pytest.FixtureRequest
 ):

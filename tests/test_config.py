@@ -107,7 +107,13 @@ def test_a_window_of_stochastic_steps_needs_a_stochastic_sampler_and_more_steps_
 
 def test_an_option_that_came_later_leaves_older_hashes_as_they_were(scheduler_grid: None):
     shipped = json.loads(SHIPPED.read_text(encoding="utf-8"))
-    config = resolve_config("online-dpo", "clip", "mini-sd3", overrides={})
+    was = {
+        "training.minibatch": 32,
+        "training.lora_rank": 32,
+        "training.lora_alpha": 64.0,
+        "training.reward_scale": "raw",
+    }
+    config = resolve_config("online-dpo", "clip", "mini-sd3", overrides=was)
     assert not {"anchor_decay", "shared_noise"} & set(shipped["config"]["training"])
     assert config.hash() == shipped["config_hash"]
     config = resolve("acflow", algorithm__w2_every=1)

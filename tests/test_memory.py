@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowbench.errors import RunError
+from flowbench.models.counting import Evaluations
 from flowbench.models.memory import Portion
 
 
@@ -93,3 +94,33 @@ def test_work_that_adds_to_one_state_is_taken_back_and_done_again_from_the_begin
     assert (done, portion.size) == ([*range(8)], 2)
     with pytest.raises(RunError, match="even with 4 rows that belong together"):
         portion.whole(lambda size: device.work(slice(0, 4)), 8, smallest=4)
+
+
+def test_an_attempt_that_runs_out_of_memory_is_not_counted():
+    device, ledger = Device(3), Evaluations()
+
+    def work(rows: slice) -> list[int]:
+        ledger.add(rows.stop - rows.start, trained=True, graded=True)
+        return device.work(rows)
+
+    portion = Portion("the update", 4, "rows", ledger)
+    assert [*portion.map(work, 4)] == [[0, 1], [2, 3]]
+    assert ledger.counts == {"training": 4, "backward": 4}
+    device.room, portion.size = 2, 4
+
+    def whole(size: int) -> int:
+        return sum(len(work(slice(start, start + size))) for start in range(0, 4, size))
+
+    assert portion.whole(whole, 4) == 4
+    assert ledger.counts == {"training": 8, "backward": 8}
+
+
+def test_velocities_are_counted_by_the_outermost_purpose():
+    ledger = Evaluations()
+    ledger.add(2, trained=False, graded=False)
+    with ledger.counted_as("dev"), ledger.counted_as("sampling"):
+        ledger.add(3, trained=True, graded=False)
+    with ledger.counted_as("sampling"):
+        ledger.add(5, trained=False, graded=False)
+    assert ledger.counts == {"reference": 2, "dev": 3, "sampling": 5}
+    assert ledger.total == 7

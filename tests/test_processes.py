@@ -209,8 +209,8 @@ def test_accelerate_launch_makes_a_run_that_is_printed_and_written_once(
 ):
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch += " --num_cpu_threads_per_process 1"
-    run = ["run", "raft", "--model", "gaussian", "--reward", "linear", "--device", "cpu", *settings()]
-    run += ["--output", str(tmp_path)]
+    run = ["run", "raft", "--model", "gaussian", "--reward", "linear", "--device", "cpu"]
+    run += [*settings(evaluation__points=2), "--output", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "flowbench", *run],
         capture_output=True,
@@ -224,4 +224,7 @@ def test_accelerate_launch_makes_a_run_that_is_printed_and_written_once(
     (record,) = flowbench.load_records(tmp_path)
     assert record.device == "cpu x 1, 2 processes"
     assert record.budget.images == 32
-    assert len(next(tmp_path.rglob("metrics.jsonl")).read_text(encoding="utf-8").splitlines()) == 2
+    assert [point.images for point in record.points] == [16, 32]
+    assert record.points[-1].scores["kl"] == record.scores["kl/test"].tuned
+    for log, lines in (("metrics.jsonl", 2), ("points.jsonl", 3)):
+        assert len(next(tmp_path.rglob(log)).read_text(encoding="utf-8").splitlines()) == lines

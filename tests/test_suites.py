@@ -183,7 +183,7 @@ def test_a_suite_killed_at_random_moments_and_repeated_leaves_the_records_of_an_
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ):
     suite, expected = undisturbed
-    kill_and_repeat(suite, tmp_path / "runs", 2, 0, "--jobs", "2")
+    kill_and_repeat(suite, tmp_path / "runs", 2, 0)
     assert results(tmp_path / "runs") == expected
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert "6 done, 0 begun, 0 failed, 0 missing" in log
@@ -192,11 +192,14 @@ def test_a_suite_killed_at_random_moments_and_repeated_leaves_the_records_of_an_
 
 
 @pytest.mark.slow
-def test_a_suite_of_24_runs_killed_ten_times_leaves_the_records_of_an_undisturbed_one(quick: Path, tmp_path: Path):
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_suite_of_24_runs_killed_ten_times_leaves_the_records_of_an_undisturbed_one(
+    executor: str, quick: Path, tmp_path: Path
+):
     suite = tiny_suite(tmp_path, seeds=12, plugins=[quick])
     with one_thread():
         run_jobs(all_jobs(planned(suite, tmp_path / "undisturbed")), StudyListener())
-    kill_and_repeat(suite, tmp_path / "runs", 10, 1, "--jobs", "2")
+    kill_and_repeat(suite, tmp_path / "runs", 10, 1, "--jobs", "2", "--executor", executor)
     assert len(results(tmp_path / "runs")) == 24
     assert results(tmp_path / "runs") == results(tmp_path / "undisturbed")
 

@@ -114,12 +114,7 @@ def tuned_config(tiny_config: MakeConfig, algorithm: str, tuning: str) -> RunCon
     return tiny_config(algorithm, "clip", overrides={**settings_for(algorithm), **extra})
 
 
-def runs(*cases: tuple[str, ...]) -> list[Any]:
-    """Parameters of which those of one algorithm are tested by one worker, which makes its run once."""
-    return [pytest.param(*case, marks=pytest.mark.xdist_group(f"trainer-{case[0]}")) for case in cases]
-
-
-@pytest.mark.parametrize("algorithm", runs(*((name,) for name in algorithms.names())))
+@pytest.mark.parametrize("algorithm", algorithms.names())
 def test_every_algorithm_trains_with_finite_metrics_and_changes_the_policy(
     algorithm: str, uninterrupted: Callable[[str, str], Ended], read_log: ReadLog
 ):
@@ -146,7 +141,7 @@ def test_another_seed_gives_another_run(
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "tuning"), runs(*((name, "full") for name in algorithms.names()), ("acflow", "lora"), ("awm", "lora"))
+    ("algorithm", "tuning"), [*((name, "full") for name in algorithms.names()), ("acflow", "lora"), ("awm", "lora")]
 )
 def test_a_seed_decides_every_metric_and_every_weight_bit_for_bit_stopped_and_resumed_or_not(
     algorithm: str,

@@ -66,6 +66,7 @@ def tracked(names: Sequence[str], config: RunConfig, folder: Path, listener: Lis
             on_start=_both(listener.on_start, tracking.start),
             on_iteration=_both(listener.on_iteration, tracking.iteration),
             on_evaluation=listener.on_evaluation,
+            on_point=listener.on_point,
             on_record=_both(listener.on_record, tracking.record),
         )
     finally:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowbench.algorithm import Choice, Dimension, LogUniform
-from flowbench.reporting.style import FULL, Theme, caption, figure, mark, save_variants
+from flowbench.reporting.style import DARK, FULL, LIGHT, Theme, caption, figure, mark, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS, ROW = 3, 2.0  # panels in a row, and its height in inches
+MOST_LETTERS = 20  # of a panel's choices side by side
 CAPTION = (
     "Gain: mean reward on dev at the end of the budget, tuned minus base, of each trial's first run. Circles may be "
     "selected, crosses keep too little diversity; the star is the selected trial."
@@ -39,7 +40,7 @@ class SearchPicture:
 
 
 def draw_search(stem: Path, picture: SearchPicture) -> list[Path]:
-    """Write the picture for light and dark pages, as SVG and PNG; returns the paths."""
+    """Write STEM.svg and STEM-dark.svg, for light and dark pages; returns the paths."""
     panels = 1 + len(picture.dimensions)
     rows = -(-panels // COLUMNS)
 
@@ -58,7 +59,12 @@ def draw_search(stem: Path, picture: SearchPicture) -> list[Path]:
         return drawn
 
     last = f"; the best of all gains {picture.best_of[-1]:+.4f}" if picture.best_of else ""
-    return save_variants(stem, build, alt=f"{picture.title}{last}")
+    endings = {".svg": LIGHT, "-dark.svg": DARK}
+    alt = f"{picture.title}{last}"
+    return [
+        save(stem.with_name(stem.name + ending), build, theme, transparent=True, alt=alt)
+        for ending, theme in endings.items()
+    ]
 
 
 def _best_of(axis: Axes, picture: SearchPicture) -> None:
@@ -78,9 +84,15 @@ def _scatter(
         at = picture.selected
         axis.scatter([places[at]], [picture.gains[at]], s=70, marker="*", color=theme.ink, zorder=3)
     if choices:
-        axis.set_xticks(range(len(dimension.ends)), [str(value) for value in dimension.ends])
+        names = [str(value) for value in dimension.ends]
+        slope: dict[str, Any] = {"rotation": 25, "ha": "right"} if sum(map(len, names)) > MOST_LETTERS else {}
+        axis.set_xticks(range(len(names)), names, **slope)
         axis.set_xlim(-0.5, len(dimension.ends) - 0.5)
     else:
-        axis.set_xscale("log" if isinstance(dimension, LogUniform) else "linear")
+        axis.set_xlim(*dimension.ends)
+    if isinstance(dimension, LogUniform):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # matplotlib's own needs mathematics
+        axis.xaxis.set_minor_formatter("")
         axis.set_xlim(*dimension.ends)
     axis.set_xlabel(name)

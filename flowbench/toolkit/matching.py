@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,9 +44,6 @@ class MatchingConfig(AlgorithmConfig):
 
     states_per_image: int = Field(1, ge=1, description="noisy states per image and pass")
 
-
-# Training on mini-sd3, found in runs of one to five seeds: docs/mini-sd3-search.md.
-MINI_SD3_MATCHING: Mapping[str, Any] = {"learning_rate": 2e-4, "minibatch": 128}
 
 M = TypeVar("M", bound=MatchingConfig)
 

@@ -28,7 +28,6 @@ from flowbench.scoring.workers.reward import WorkerReward, make_reward
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "two crosses", "a small square", "")
-pytestmark = pytest.mark.xdist_group("workers")  # they share running workers
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 
 

@@ -40,7 +40,7 @@ def skip_repeats(meter: Meter, modules: Iterable[torch.nn.Module]) -> None:
 def _remembering(meter: Meter, block: torch.nn.Module, known: dict[Any, _Run]) -> Callable[..., Any]:
     original = block.forward
     kind = (type(block), tuple((name, p.shape) for name, p in block.named_parameters()))
-    adapters = [layer for layer in block.modules() if hasattr(layer, "active_adapters")]
+    adapters: list[Any] = [layer for layer in block.modules() if hasattr(layer, "active_adapters")]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given, structure = tree_flatten((args, kwargs))

@@ -11,11 +11,13 @@ from flowbench.record import Record
 from flowbench.registry import algorithms
 from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import differences
+from flowbench.reporting.leaderboard import Board
 from flowbench.reporting.page import data
 from flowbench.reporting.page.numbers import rounded
 from flowbench.reporting.style import family_of, mark
 from flowbench.reporting.targets import DIVERSITY
 from flowbench.terms import trained_metrics
+from flowbench.workloads import load_workload, workload_names
 
 SITE = "https://flowbench.github.io/flowbench/algorithms/"
 SEARCH = "search"  # the ruleset of runs that a search made
@@ -81,6 +83,18 @@ def _dimension(dimension: object) -> str:
     low, high = dimension.low, dimension.high  # type: ignore[attr-defined]
     spread = ", logarithmic" if type(dimension).__name__ == "LogUniform" else ""
     return f"{low:g} to {high:g}{spread}"
+
+
+def targets(result: Board) -> dict[str, data.Goal]:
+    """The targets of the tables' workloads, by name: the lower one of each that is installed in the same version."""
+    found = {}
+    for name, version in {(table.workload.name, table.workload.version) for table in result.tables}:
+        if name in workload_names():
+            known = load_workload(name)
+            if known.hash == version and known.target:
+                gain, kept = min(known.target.gains), known.target.diversity
+                found[name] = data.Goal(metric=known.target.metric, gain=gain, diversity=kept, fixed=True)
+    return found
 
 
 def trials(records: Sequence[Record], algorithm: str) -> tuple[data.Trial, ...]:

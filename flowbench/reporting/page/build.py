@@ -30,17 +30,17 @@ def tables(records: Sequence[Record], split: str = "test", over: Over = LIKE) ->
 def page_data(
     result: Board,
     records: Sequence[Record] = (),
-    targets: Mapping[str, tuple[str, float]] | None = None,
+    targets: Mapping[str, data.Goal] | None = None,
     spaces: Mapping[str, Mapping[str, str]] | None = None,
     walls: Sequence[data.Wall] = (),
 ) -> data.PageData:
     """What the page says of some tables.
 
     records: those that the tables were made from and those of searches, which are trials of a method; targets: by a
-    workload's name its target's metric and gain on `dev`; spaces: search spaces, as `about.spaces` finds them; walls:
-    images, as `samples.walls` finds them.
+    workload's name, by default those that installed workloads state; spaces: search spaces, as `about.spaces` finds
+    them; walls: images, as `samples.walls` finds them.
     """
-    targets, spaces = targets or {}, spaces or {}
+    targets, spaces = about.targets(result) if targets is None else targets, spaces or {}
     short = short_names(result)
     workloads = tuple(
         workload(table, k, title, targets.get(table.workload.name))

@@ -50,10 +50,10 @@ def _score(record: Record, point: Point, metric: str) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def goal(table: Table, truth: str | None, fixed: tuple[str, float] | None) -> data.Goal | None:
+def goal(table: Table, truth: str | None, fixed: data.Goal | None) -> data.Goal | None:
     """The workload's target, or half of the largest median gain that a method has at the end on `dev`; None if none."""
     if fixed is not None:
-        return data.Goal(metric=fixed[0], gain=fixed[1], fixed=True)
+        return fixed
     metrics = [m for m in (truth, *sorted(table.trained)) if m is not None]
     for metric in metrics:
         gains = []
@@ -90,11 +90,11 @@ def _costs(one: Group, target: data.Goal, axis: data.Axis) -> Reached | None:
         if run is not None and axis == "evaluations":
             spent = [p.function_evaluations for p in record.points if target.metric in p.scores]
             images = [0.0, *run.cost]
-            at = cost_to_target(run, value)
+            at = cost_to_target(run, value, target.diversity)
             # Evaluations are spent evenly between two points.
             costs.append(float(np.interp(at, images, [0, *spent])) if math.isfinite(at) else math.inf)
         elif run is not None:
-            costs.append(cost_to_target(run, value))
+            costs.append(cost_to_target(run, value, target.diversity))
     return Reached((*costs, *[math.inf] * len(one.failed))) if scored else None
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from flowbench.evaluation.statistics.targets import FLOOR
+
 VERSION = 1
 
 Axis = Literal["images", "evaluations", "seconds"]
@@ -79,7 +81,7 @@ class Run(_Part):
 class Row(_Part):
     """One method with one setting on one workload.
 
-    label: unique in its workload; rank: best and worst that all pairs admit, None without a finished run; values: by
+    label: unique in its workload; rank: best and worst that all pairs admit, None without an interval; values: by
     column; broken: in how many runs a metric is not finite; reached: by axis; curve: empty without points; settings:
     of its first run, by their full names.
     """
@@ -130,10 +132,14 @@ class Roles(_Part):
 
 
 class Goal(_Part):
-    """A target on `dev`: tuned minus base. fixed: stated by the workload; else half of the largest median gain here."""
+    """A target on `dev`: tuned minus base, with at least this share of the base model's diversity.
+
+    fixed: stated by the workload; else half of the largest median gain of these runs.
+    """
 
     metric: str
     gain: float
+    diversity: float = FLOOR
     fixed: bool
 
 

@@ -33,8 +33,8 @@ COSTS = {
 }
 
 
-def workload(table: Table, place: int, title: str, fixed: tuple[str, float] | None) -> data.Workload:
-    """Everything that the page says of one workload. fixed: its target's metric and gain, where it states one."""
+def workload(table: Table, place: int, title: str, fixed: data.Goal | None) -> data.Workload:
+    """Everything that the page says of one workload. fixed: its target, where it states one."""
     names, roles = names_of(table), roles_of(table)
     target = curves.goal(table, roles.truth, fixed)
     columns = _columns(table, target)
@@ -126,12 +126,12 @@ def _row(row: Row, label: str, table: Table, target: data.Goal | None) -> data.R
     shown = {plain(k): number(v) for k, v in values.items() if v is not None and math.isfinite(v.value)}
     spent = zip(COSTS, (row.seconds, row.images, row.evaluations, row.reward_calls), strict=True)
     shown |= {key: data.Number(value=rounded(value)) for key, value in spent if math.isfinite(value)}
-    points = curves.curve(row.group)
+    points, at = curves.curve(row.group), verdict.place(table)
     return data.Row(
         label=label,
         method=plain(row.algorithm),
-        rank=row.standing.rank if row.standing else None,
-        shares_first=bool(row.standing and row.standing.shares_first),
+        rank=row.standing.rank if row.standing and row.label in (*at.first, *at.rest) else None,
+        shares_first=at.decided and row.label in at.first,
         seeds=row.seeds,
         failed=row.failed,
         values=shown,

@@ -21,16 +21,16 @@ function workload(w) {
     drawn.push(...made);
     return h("section", {}, h("h3", {}, title), note ? h("p", { class: "note" }, note) : null, extra, h("div", { class: "figures" }, made));
   };
-  const curved = w.rows.some((row) => row.curve.length), r = w.roles;
+  const curved = w.rows.some((row) => row.curve.length), several = w.rows.some((row) => row.seeds > 1), r = w.roles;
   put(`${w.id}-table`, results.filters, results.table, h("p", { class: "note" }, tableNote(w)));
   const place = `${w.id}-figures`;
   if (w.rows.some((row) => row.seeds)) put(place, legend.node);
-  if (curved) put(place, group("During training", "Scores on dev of the averaged policy. Bands: 95 % over seeds, Student's t.",
+  if (curved) put(place, group("During training", `Scores on dev of the averaged policy.${several ? " Bands: 95 % over seeds, Student's t." : ""}`,
     axisSwitch(w, state, refresh), ...[...new Set([r.reward, r.truth, r.diversity, r.distance])].filter(Boolean).map((metric) => curveOf(w, visible, state, metric))));
   const trades = [];
   if (r.reward && r.truth && r.reward !== r.truth) trades.push(tradeOf(w, visible, r.reward, r.truth, w.front_of_truth, "Reward against truth"));
   if (r.diversity && (r.truth || r.reward)) trades.push(tradeOf(w, visible, r.diversity, r.truth || r.reward, w.front_of_diversity, `Diversity against ${r.truth ? "truth" : "reward"}`));
-  if (trades.length) put(place, group("What a gain is worth", "Arrows lead from the base model to the tuned one; bars are 95 % intervals; the dashed line is the Pareto front.", null, ...trades));
+  if (trades.length) put(place, group("What a gain is worth", `Arrows lead from the base model to the tuned one; ${several ? "bars are 95 % intervals; " : ""}the dashed line is the Pareto front.`, null, ...trades));
   if (curved && r.truth && r.truth !== r.reward) put(place, group("Over-optimisation", "The way of each method during training, on dev. Where the truth turns down while the reward still rises, the reward is being exploited.",
     null, wayOf(w, visible, r.reward, r.truth, "Truth against reward"), ...(r.distance ? [wayOf(w, visible, r.distance, r.truth, "Truth against distance")] : [])));
   if (w.judges.length) put(place, group("Judges", null, null, judgesOf(w)));
@@ -38,7 +38,10 @@ function workload(w) {
 }
 function tableNote(w) {
   const starred = w.columns.some((c) => c.trained) ? " * the reward trained on." : "";
-  return `Tuned minus base on the same prompts and noise; 95 % intervals over seeds${w.over === "prompts like these" ? " and prompts, of prompts like these" : ", of these prompts"}.${starred} Shaded rows share the first place by ${w.by ?? "no score"}.`;
+  const over = w.over === "prompts like these" ? "seeds and prompts, of prompts like these" : "seeds, of these prompts";
+  const intervals = w.rows.some((row) => row.seeds > 1) ? `95 % intervals over ${over}` : "no intervals, since each method has one seed";
+  const shaded = w.rows.some((row) => row.shares_first) ? ` Shaded rows share the first place by ${w.by}.` : "";
+  return `Tuned minus base on the same prompts and noise; ${intervals}.${starred}${shaded}`;
 }
 function legendOf(w, results, state, changed, drawn) {
   const node = h("div", { class: "chips legend", role: "group", "aria-label": "methods in the figures" });

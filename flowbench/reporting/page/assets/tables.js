@@ -26,14 +26,14 @@ function overview(data, methods) {
     return { domain: ends.length ? extent(ends, 0.04) : [-1, 1], places: decimals(found.map((n) => n.value)) };
   });
   const profiled = data.profile !== null;
-  const head = h("tr", {}, h("th", { scope: "col" }, "Method"), profiled ? h("th", { scope: "col", class: "right" }, "Profile") : null,
+  const head = h("tr", {}, h("th", { scope: "col", class: "sticky" }, "Method"), profiled ? h("th", { scope: "col", class: "right" }, "Profile") : null,
     data.workloads.map((w) => h("th", { scope: "col" }, h("a", { href: `#${w.id}` }, w.name),
       h("span", { class: "sub" }, w.by ? `gain in ${w.by}` : "no score"))));
   const lines = data.overview.map((one) => h("tr", {},
-    h("th", { scope: "row" }, named(methods[one.method], one.label)),
+    h("th", { scope: "row", class: "sticky" }, named(methods[one.method], one.label)),
     profiled ? h("td", { class: "right" }, one.area === null ? "–" : one.area.toFixed(2)) : null,
     data.workloads.map((w, k) => overviewCell(w, w.rows.find((row) => row.label === one.label), methods[one.method], scales[k]))));
-  return h("table", { class: "overview" },
+  return h("table", { class: data.workloads.length > 3 ? "overview many" : "overview" },
     h("caption", { class: "unseen" }, "Gain over the base model of every method on every workload, with ranks"),
     h("thead", {}, head), h("tbody", {}, lines));
 }
@@ -41,11 +41,10 @@ function overviewCell(w, row, method, scale) {
   if (!row) return h("td", { class: "none" }, "not run");
   const number = w.by ? row.values[w.by] : null;
   if (!number) return h("td", { class: "none" }, row.seeds ? "not finite" : `failed (${row.failed} of ${row.failed})`);
-  const first = row.shares_first && w.rows.length > 1 && number.low !== null;
-  return h("td", { class: first ? "first" : "" }, h("span", { class: "cell" }, miniPlot(number, method, scale.domain, first),
+  return h("td", { class: row.shares_first ? "first" : "" }, h("span", { class: "cell" }, miniPlot(number, method, scale.domain, row.shares_first),
     h("b", {}, spelled(number.value, "gain", scale.places)),
     h("span", { class: "rank", title: "best and worst rank that all pairs admit" },
-      number.low === null ? "no interval" : w.rows.length > 1 ? `rank ${ranks(row)}` : "")));
+      row.rank === null ? "no interval" : w.rows.length > 1 ? `rank ${ranks(row)}` : "")));
 }
 
 // ---- a workload's table
@@ -108,7 +107,7 @@ function resultsTable(w, methods, state, changed) {
     table.replaceChildren(
       h("caption", { class: "unseen" }, `${w.title}: ${lines.length} of ${w.rows.length} rows`),
       h("thead", {}, h("tr", {}, taken.map(heading))),
-      h("tbody", {}, lines.map(({ row }) => h("tr", { class: row.shares_first && w.rows.length > 1 ? "first" : "" },
+      h("tbody", {}, lines.map(({ row }) => h("tr", { class: row.shares_first ? "first" : "" },
         taken.map((column) => (column.key === "label"
           ? h("th", { scope: "row", class: "sticky" }, named(methods[row.method], row.label))
           : h("td", { class: "right" }, cell(row, column))))))));
@@ -153,7 +152,7 @@ function filterBar(w, methods, state, changed, chooser) {
 const BETTER = [1, 102, 94], WORSE = [140, 81, 10]; // teal and brown, which are no family's
 
 function pairsMatrix(w, methods) {
-  const labels = w.rows.filter((row) => row.rank !== null).map((row) => row.label), found = new Map();
+  const labels = w.rows.filter((row) => row.seeds > 0).map((row) => row.label), found = new Map();
   for (const pair of w.pairs) {
     found.set(`${labels.indexOf(pair.one)} ${labels.indexOf(pair.other)}`, pair);
     found.set(`${labels.indexOf(pair.other)} ${labels.indexOf(pair.one)}`, turned(pair));
