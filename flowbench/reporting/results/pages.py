@@ -128,7 +128,8 @@ def _summary(tables: Board) -> str:
     if not tables.tables:
         return NOTHING_YET.format(history="[history]")
     keys = list(dict.fromkeys(c.key for t in tables.tables for c in columns(t).values() if c.deciding and c.usual))
-    return to_markdown(tables, keys)
+    more = "More is in [leaderboard/README.md]; the first table is [history], and no number of it is a ranking."
+    return f"{to_markdown(tables, keys)}\n{more}\n"
 
 
 def _with_part(readme: Path, part: str) -> str:
