@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json  # json.loads would end in a RecursionError
 
 from flowbench.errors import UsageError
 
@@ -109,7 +110,7 @@ def whole(content: bytes, path: Path) -> Document:
     Raises UsageError for a file that is broken, written by a newer flowbench, or whose base is missing or another's.
     """
     try:
-        document = json.loads(content)
+        document = from_json(content)
     except ValueError as error:
         raise UsageError(f"'{path}' is not a flowbench record: {error}") from error
     document = upgraded(document, path)

@@ -21,7 +21,7 @@ from fake_records import fake_records
 from flowbench.config import resolve_config
 from flowbench.errors import UsageError
 from flowbench.experiments.outcome import failed_record
-from flowbench.experiments.submission import submit, suite_seeds
+from flowbench.experiments.submission import check_published, submit, suite_seeds
 from flowbench.published import FORMAT, LARGEST, UPGRADES, as_text, shortened
 from flowbench.record import Costs, Point, Record, Score, Source, Spent, find_records, load_record
 from flowbench.reporting.documents import to_csv, to_markdown
@@ -430,6 +430,25 @@ def test_what_vanishes_changes_or_appears_is_found(
     assert complaint in line
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="compares commits")
+def test_what_was_published_at_a_commit_is_still_there(sound: Record, tmp_path: Path):
+    results = tmp_path / "results"
+    files.write(results, files.published([sound, seeded(sound, 101)]).files)
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        git(tmp_path, *arguments)
+    files.write(results, files.published([seeded(sound, 102)]).files)
+    assert check_published(results, "HEAD") == []
+    gone = results / files.place(sound)
+    gone.unlink()
+    manifest = results / "v1" / files.MANIFEST  # nor does it help to strike it off the list
+    kept = [line for line in manifest.read_text(encoding="utf-8").splitlines() if gone.name not in line]
+    manifest.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    (line,) = check_published(results, "HEAD")
+    assert line.endswith(f"{gone.name}: was published and is gone; restore it")
+    with pytest.raises(UsageError, match="what was published at 'nowhere' cannot be told"):
+        check_published(results, "nowhere")
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +509,9 @@ def test_no_ranking_is_quoted_from_history():
     assert len(find_records([HISTORY])) == 49
 
 
-@pytest.mark.parametrize("arguments", [("absent", "--check"), (".", "--check", "--write"), (".", ".", "--check")])
+@pytest.mark.parametrize(
+    "arguments", [("absent", "--check"), (".", "--check", "--write"), (".", ".", "--check"), (".", "--since", "HEAD")]
+)
 def test_pages_of_nothing_are_a_line(
     arguments: Sequence[str], capsys: pytest.CaptureFixture[str], flowbench_main: Main
 ):

@@ -38,6 +38,9 @@ def leaderboard(
     check: Annotated[
         bool, typer.Option("--check", help="Fail where a leaderboard's pages and its published records differ.")
     ] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="With --check: what was published then must still be there.")
+    ] = None,
     write: Annotated[
         bool, typer.Option("--write", help="Make a leaderboard's pages from its published records.")
     ] = False,
@@ -47,8 +50,12 @@ def leaderboard(
     With --check or --write PLACE is the folder of a leaderboard, by default `leaderboard`; tables are not printed.
     """
     if check or write:
-        _pages(LEADERBOARD if places == [OUTPUT] else places[0], write, len(places) > 1 or (check and write))
+        if len(places) > 1 or (check and write):
+            raise UsageError("--check or --write takes one folder of a leaderboard; use one of them at a time")
+        _pages(LEADERBOARD if places == [OUTPUT] else places[0], write, since)
         return
+    if since is not None:
+        raise UsageError("--since says what --check compares with; add --check")
     kind = _format(format_, output)
     if over not in ("like", "these"):
         raise UsageError(f"unknown value '{over}' of --over; use like or these")
@@ -83,16 +90,14 @@ def leaderboard(
     _name(found.faults)
 
 
-def _pages(folder: Path, write: bool, too_much: bool) -> None:
+def _pages(folder: Path, write: bool, since: str | None) -> None:
     """Make the pages of published results, or say where they differ from the records."""
-    if too_much:
-        raise UsageError("--check or --write takes one folder of a leaderboard; use one of them at a time")
     if not folder.is_dir():
         raise UsageError(f"'{folder}' does not exist; name the folder of a leaderboard, in a checkout 'leaderboard'")
     from flowbench.experiments.submission import check_published
     from flowbench.reporting.results import pages
 
-    faults = check_published(folder / pages.RESULTS)
+    faults = check_published(folder / pages.RESULTS, since)
     if not faults:
         made = pages.pages(folder, folder.parent / pages.README)
         if write:

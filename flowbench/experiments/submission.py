@@ -62,12 +62,13 @@ def _replaced(to: Path, made: Mapping[Path, str]) -> list[str]:
     return lines
 
 
-def check_published(root: Path) -> list[str]:
-    """What is wrong with published results: a line each.
+def check_published(root: Path, since: str | None = None) -> list[str]:
+    """What is wrong with published results: a line each. since: a commit of which nothing may have vanished.
 
-    Raises UsageError when the manifest cannot be read.
+    Raises UsageError when the manifest cannot be read, or the commit is unknown.
     """
     try:
-        return files.faults_of(root)
+        gone = files.vanished_since(root, since) if since is not None and root.is_dir() else []
+        return list(dict.fromkeys([*files.faults_of(root), *gone]))
     except OSError as error:
         raise UsageError(f"'{root}' cannot be read: {error.strerror}") from error

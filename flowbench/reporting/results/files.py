@@ -8,6 +8,7 @@ v1/MANIFEST     the SHA-256 of each, as `sha256sum --check` reads it
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +104,34 @@ def faults_of(root: Path) -> list[str]:
     return faults
 
 
+def vanished_since(root: Path, ref: str) -> list[str]:
+    """A line for each file that was published at a commit, and is gone or another now; the manifest may grow.
+
+    Raises UsageError outside a git checkout, or for an unknown commit.
+    """
+    command = ["git", "diff", "--no-renames", "--name-status", "--diff-filter=DMT", "-z", ref, "--", VERSION]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=60)
+    except OSError as error:
+        raise UsageError(f"what was published at '{ref}' cannot be told: {error.strerror or error}") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["git fails"])[0]
+        raise UsageError(f"what was published at '{plain(ref)}' cannot be told: {plain(reason)}")
+    words = done.stdout.split("\0")[:-1]
+    changed = zip(words[::2], words[1::2], strict=True)
+    said = {"D": "was published and is gone; restore it"}
+    return [
+        f"{plain(name)}: {said.get(status, 'was changed after it was published; restore it')}"
+        for status, name in changed
+        if not name.endswith(f"/{MANIFEST}")
+    ]
+
+
 def _record_faults(root: Path, path: Path, content: bytes) -> list[str]:
     try:
         record = load_record(path)
     except UsageError as error:
-        return [str(error)]
+        return [plain(str(error))]
     found = []
     if root / place(record) != path:
         found.append(f"says that it belongs to '{plain(str(place(record)))}'")
