@@ -43,6 +43,8 @@ LEGEND = """- **truth peaks at**: images after which a run's truth is largest, m
 - diversity is a share of the base model's.
 """
 
+OVER_TRAINING = "Over training, by images generated: truth / reward trained on / distance, means over seeds.\n"
+
 JUDGES_LEGEND = (
     "Kendall's tau with the truth over all points of all runs; intervals are over methods, since the runs of one "
     "resemble each other. \\* the reward trained on, which is no judge.\n"
@@ -64,10 +66,26 @@ def _section(table: Table, found: Sequence[Way], images: str) -> list[str]:
     headings = ("algorithm", "seeds", *ends, *choices)
     rows = [[markdown(path.label), f"{path.seeds}", *_end(path.end), *_choices(path)] for path in found]
     said = [_verdict(found), markdown_rows(headings, rows), LEGEND]
+    said += [OVER_TRAINING, _over_training(found)]
     said.append(f"![Truth against the reward trained on, over training]({images}/{picture_name(table)}.svg)\n")
     if ranked := judges(table):
         said += ["### Judges\n", markdown_rows(("judge", "tau", "checkpoints"), _ranked(ranked)), JUDGES_LEGEND]
     return [text if text.endswith("\n") else f"{text}\n" for text in said]
+
+
+def _over_training(found: Sequence[Way]) -> str:
+    """What the picture draws, as a table."""
+    places = sorted({step.images for path in found for step in path.steps if step.images})
+    rows = []
+    for path in found:
+        there = {step.images: step for step in path.steps}
+        rows.append([markdown(path.label), *(_three(there[k]) if k in there else NOTHING for k in places)])
+    return markdown_rows(["algorithm", *(f"{k:,}" for k in places)], rows)
+
+
+def _three(step: Step) -> str:
+    numbers = ((step.truth, True), (step.proxy, True), (step.distance, False))
+    return " / ".join(interval_text(value, "bare", signed) for value, signed in numbers)
 
 
 def _verdict(found: Sequence[Way]) -> str:
