@@ -195,7 +195,7 @@ def _settings(record: Record) -> Iterator[str]:
 
 def _sources(record: Record) -> Iterator[str]:
     """Every plug-in is flowbench's own or of an installed package that is named with version and hash."""
-    wanted = {"algorithm", PRESET, *map(path_name, term_names(record.reward)), *record.judges} - {"oracle"}
+    wanted = {"algorithm", PRESET, *map(path_name, (*term_names(record.reward), *record.judges))} - {"oracle"}
     for name in sorted(wanted - record.sources.keys()):
         yield f"does not say where '{plain(name)}' comes from"
     trial = record.ruleset == SEARCH  # of the method before the search's result became its defaults
