@@ -72,7 +72,7 @@ def leaderboard(
 
 
 def _hand_out(text: str, output: Path | None) -> None:
-    from flowbench.record import write_atomically
+    from flowbench.files import write_atomically
 
     if output is None:
         typer.echo(text, nl=False)

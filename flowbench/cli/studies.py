@@ -52,7 +52,7 @@ def ablate(
     if dry_run:
         display.plan(all_jobs(variants))
         return
-    from flowbench.record import write_atomically
+    from flowbench.files import write_atomically
     from flowbench.reporting.plots import ablation_curves
 
     with display.StudyProgress() as progress:

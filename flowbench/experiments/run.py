@@ -24,6 +24,7 @@ from flowbench.evaluation.protocol import guidance_scales
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.experiments.kept import IMAGES, make_album, save_table
 from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
+from flowbench.files import write_atomically
 from flowbench.models.counting import EVALUATION
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
@@ -32,7 +33,7 @@ from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import Processes, started
 from flowbench.prompts import load_split, spread
-from flowbench.record import Point, Record, read_metrics, write_atomically
+from flowbench.record import Point, Record, read_metrics
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
 from flowbench.reporting.plots import learning_curves

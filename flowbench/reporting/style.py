@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowbench.errors import UsageError
+from flowbench.files import write_atomically
 from flowbench.registry import OTHER, algorithms
 from flowbench.reporting.escape import plain
 
@@ -202,7 +203,9 @@ def _write(drawn: Figure, path: Path, theme: Theme, transparent: bool, alt: str)
     kind = path.suffix.lstrip(".").lower() or "png"
     described: dict[str, Any] = {"svg": {"Date": None, "Description": plain(alt)}, "png": {"Description": plain(alt)}}
     ground = "none" if transparent else theme.ground
-    drawn.savefig(path, format=kind, facecolor=ground, metadata=described.get(kind))
+    write_atomically(
+        path, lambda place: drawn.savefig(place, format=kind, facecolor=ground, metadata=described.get(kind))
+    )
 
 
 def label_lines(axis: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:

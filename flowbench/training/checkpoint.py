@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowbench.record import write_atomically
+from flowbench.files import write_atomically
 from flowbench.training.budget import Budget
 from flowbench.training.state import load_state, save_state
 

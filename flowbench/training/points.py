@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flowbench.evaluation.dev import DevScorer
+from flowbench.files import write_atomically
 from flowbench.models.counting import DEV
 from flowbench.models.policy import Policy
-from flowbench.record import Point, write_atomically
+from flowbench.record import Point
 from flowbench.training.budget import Budget
 
 POINTS = "points.jsonl"

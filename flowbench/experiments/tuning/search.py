@@ -18,9 +18,10 @@ from flowbench.experiments.tuning.journal import LOG, Attempt, Journal, Trial
 from flowbench.experiments.tuning.plan import SearchPlan
 from flowbench.experiments.tuning.selection import KEPT, Candidate, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
+from flowbench.files import write_atomically
 from flowbench.models.presets import AnalyticPreset, load_preset
 from flowbench.prompts.sets import available_splits
-from flowbench.record import code_commit, package_versions, write_atomically
+from flowbench.record import code_commit, package_versions
 from flowbench.registry import algorithms
 from flowbench.reporting.search import SearchPicture, draw_search
 from flowbench.workloads import Workload

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from flowbench.caches import home
 from flowbench.errors import RunError
+from flowbench.files import write_atomically
 
 MARKER, LOG, LINK = "flowbench.json", "install.log", "flowbench_main.pth"
 SHARED = ("torch", "torchvision", "torchaudio")  # compiled for each other; an overlay must not bring its own
@@ -104,7 +105,7 @@ class Environment:
         progress("resolving requirements")
         self._pip(reward, progress)
         content = {"requirements": self.requirements, "over": sys.prefix, "packages": self.versions()}
-        (self.folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomically(self.folder / MARKER, json.dumps(content, indent=1) + "\n")
 
     def remove(self) -> None:
         """Delete it from the disk."""
@@ -125,11 +126,11 @@ class Environment:
         )
         if made.returncode:
             raise RunError(f"cannot create a virtual environment in {self.folder}: {_last_line(made.stderr)}")
-        (self._packages() / LINK).write_text("\n".join(site_folders()) + "\n", encoding="utf-8")
+        write_atomically(self._packages() / LINK, "\n".join(site_folders()) + "\n")
 
     def _pip(self, reward: str, progress: Progress) -> None:
         constraints = self.folder / "constraints.txt"
-        constraints.write_text("".join(f"{line}\n" for line in self._constraints()), encoding="utf-8")
+        write_atomically(constraints, "".join(f"{line}\n" for line in self._constraints()))
         command = [str(self.python), "-m", "pip", "install", "--no-input", "--no-warn-conflicts"]
         command += ["--disable-pip-version-check", "--constraint", str(constraints), *self.requirements]
         errors = []
