@@ -34,8 +34,8 @@ class RunInterruptedError(RunError):
         return str(self.args[0])
 
 
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP ends the program, as Ctrl-C does."""
+class TerminatedError(BaseException):
+    """SIGTERM or SIGHUP ends the program; like KeyboardInterrupt it is no Exception, which plug-ins may catch."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)

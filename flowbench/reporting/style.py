@@ -7,6 +7,7 @@ every picture, page and terminal. This module is cheap to import; matplotlib com
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger("flowbench")
 
 FULL, HALF = 7.0, 3.4  # widths in inches
 TEXT, DPI = 9.0, 200
@@ -187,6 +190,16 @@ def save(
             drawn.set_layout_engine("none")  # it has its layout, which takes as long as drawing
             _write(drawn, path.with_suffix(f".{also}"), theme, transparent, alt)
     return path
+
+
+@contextmanager
+def drawing(what: str) -> Iterator[None]:
+    """Within it, a picture that cannot be drawn is left out with a warning: no result is lost for one."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a font, a text or the disk: whatever it is, the numbers are there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("pictures %s cannot be drawn and are left out: %s", what, reason)
 
 
 def save_variants(stem: Path, build: Build, alt: str = "") -> list[Path]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from flowbench.caches import home
 from flowbench.errors import RunError
 from flowbench.files import write_atomically
+from flowbench.locks import locked
 
 MARKER, LOG, LINK = "flowbench.json", "install.log", "flowbench_main.pth"
 SHARED = ("torch", "torchvision", "torchaudio")  # compiled for each other; an overlay must not bring its own
@@ -97,8 +98,12 @@ class Environment:
     def install(self, reward: str, progress: Progress = lambda note: None) -> None:
         """Create it, or complete an interrupted attempt: pip keeps what it has downloaded.
 
-        Raises RunError, with pip's own last word and the log, when pip fails.
+        Raises RunError, with pip's own last word and the log, when pip fails; BusyError while another process does it.
         """
+        with locked(self.folder, f"the environment of reward '{reward}'", beside=True):
+            self._install(reward, progress)
+
+    def _install(self, reward: str, progress: Progress) -> None:
         (self.folder / MARKER).unlink(missing_ok=True)
         progress("creating the environment")
         self._create()
@@ -108,10 +113,11 @@ class Environment:
         write_atomically(self.folder / MARKER, json.dumps(content, indent=1) + "\n")
 
     def remove(self) -> None:
-        """Delete it from the disk."""
-        # Without its marker first: what an interruption leaves is not taken for an environment.
-        (self.folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete it from the disk. Raises BusyError while another process installs it."""
+        with locked(self.folder, f"environment '{self.folder}'", beside=True):
+            # Without its marker first: what an interruption leaves is not taken for an environment.
+            (self.folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _packages(self) -> Path:
         return self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
