@@ -13,8 +13,9 @@ import yaml
 
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
+from flowbench.experiments.folder import run_folder
 from flowbench.experiments.reevaluate import evaluate
-from flowbench.experiments.run import Listener, execute, load_tuned, run_folder
+from flowbench.experiments.run import Listener, execute, load_tuned
 from flowbench.models.devices import pick_device
 from flowbench.models.presets import load_preset
 from flowbench.record import Record, load_record
