@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowbench.errors import UsageError
+from flowbench.files import write_atomically
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,17 +62,14 @@ class Cache:
         file = self._file(identity)
         if file is None:
             return
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        # Of this process alone: several may compute the same at the same time.
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
         content = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        said = {"identity": identity, "sha256": digest(content)}
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(content, str(temporary), metadata={"identity": identity, "sha256": digest(content)})
-            os.replace(temporary, file)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+            write_atomically(file, lambda place: save_file(content, place, metadata=said))
+        except (OSError, SafetensorError, UsageError) as error:
             logger.warning("'%s' cannot be written, so it will be computed again: %s", file, error)
 
     def _file(self, identity: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from signal import SIGINT
 
 
 class UsageError(Exception):
@@ -18,8 +19,27 @@ class RunError(Exception):
     """The request was fine but could not be carried out (missing weights, NaN reward, full disk); exit code 1."""
 
 
+class BusyError(RunError):
+    """Another process is at work there; nothing was done."""
+
+
 class RunInterruptedError(RunError):
-    """The user stopped the run; its checkpoint is saved."""
+    """The user or the system stopped the run; its checkpoint is saved. signal: the number of the one that did it."""
+
+    def __init__(self, message: str, signal: int = SIGINT) -> None:
+        super().__init__(message, signal)
+        self.signal = signal
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class TerminatedError(BaseException):
+    """SIGTERM or SIGHUP ends the program; like KeyboardInterrupt it is no Exception, which plug-ins may catch."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 class PeerError(RunError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
+from flowbench.files import read_json_lines, write_atomically
 from flowbench.published import is_published, whole
 
 VERSION = 2  # of what a record holds; records without a version are of version 1
@@ -244,14 +244,6 @@ def _begins_as_record(file: Path) -> bool:
         return True  # whoever loads it says what is wrong
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old or the new one at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     versions = {"python": platform.python_version()}
@@ -278,5 +270,8 @@ def code_commit() -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a metrics.jsonl; one that a killed process did not finish is none.
+
+    Raises UsageError for a file that is damaged.
+    """
+    return read_json_lines(path)

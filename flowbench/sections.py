@@ -35,6 +35,7 @@ class TrainingConfig(Section):
     divides: ClassVar = frozenset(
         ("decode_batch", "encode_first", "gradient_checkpointing", "microbatch", "offload", "rollout_batch")
     )
+    observes: ClassVar = frozenset(("keep_checkpoints",))
 
     images: int = Field(9600, ge=1, description="budget: images generated for training")
     prompts_per_iteration: int = Field(16, ge=1)
@@ -95,6 +96,9 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile of the transformer's blocks; rounds otherwise")
     checkpoint_every: int = Field(25, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int | None = Field(
+        None, ge=1, description="checkpoints that are kept; None is two while the run is at work, and then the last"
+    )
 
     @property
     def images_per_iteration(self) -> int:

@@ -12,7 +12,8 @@ import torch
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.judges import build_reward
-from flowbench.experiments.run import execute, run_folder
+from flowbench.experiments.folder import run_folder
+from flowbench.experiments.run import execute
 from flowbench.models.presets import load_preset
 from flowbench.reward import Reward, check_signal, checked_score, register_reward
 from flowbench.scoring.combination import Moments, WeightedSum

@@ -28,6 +28,7 @@ from flowbench.experiments.executors.local import LocalExecutor
 from flowbench.experiments.jobs import Job, kept_failure
 from flowbench.experiments.study import StudyListener, run_jobs
 from flowbench.experiments.suite import Cell, all_jobs, load_suite, plan, suite_names
+from flowbench.locks import locked
 from flowbench.record import find_records, load_record
 from flowbench.registry import algorithms, load_plugin_file
 from flowbench.workloads import Workload, load_workload, workload_names
@@ -186,7 +187,7 @@ def test_a_suite_killed_at_random_moments_and_repeated_leaves_the_records_of_an_
     kill_and_repeat(suite, tmp_path / "runs", 2, 0)
     assert results(tmp_path / "runs") == expected
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert "6 done, 0 begun, 0 failed, 0 missing" in log
+    assert "6 done, 0 running, 0 interrupted, 0 failed, 0 missing" in log
     assert "runs/h" in log
     assert " left" in log
 
@@ -470,15 +471,16 @@ def test_suite_show_counts_every_state_whole_at_80_columns_and_says_the_command_
         (job.folder / "DONE").touch()
     raft[3].folder.mkdir()
     run_jobs(raft[4:6], StudyListener(), executor=Told("no [/] memory", "NaN"))
-    assert flowbench_main("suite", "show", suite, "--output", tmp_path / "runs") == 0
+    with locked(raft[6].folder):
+        assert flowbench_main("suite", "show", suite, "--output", tmp_path / "runs") == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
-    assert ["raft", "1000", "3", "1", "2", "994"] in rows
-    assert ["draft", "1000", "-", "-", "-", "1000"] in rows
+    assert ["raft", "1000", "3", "1", "1", "2", "993"] in rows
+    assert ["draft", "1000", "-", "-", "-", "-", "1000"] in rows
     assert ["draft", "n/a"] in rows
     assert "not applicable: draft on shapes-oracle; draft needs the reward's gradient" in printed
     assert "failed: plane-linear, raft, seed 4: no [/] memory" in printed
-    assert "3 done, 1 begun, 2 failed, 2994 missing" in printed
+    assert "3 done, 1 running, 1 interrupted, 2 failed, 2993 missing" in printed
     again = f"flowbench suite run {suite} --output {tmp_path / 'runs'}"
     assert f"for the rest: {again}\n" in printed
     assert f"to make failed ones again: {again} --retry-failed\n" in printed

@@ -15,6 +15,7 @@ from flowbench.builders.fit import FitPlan
 from flowbench.builders.measure import mutation_accuracy, retrieval_top1, vae_round_trip
 from flowbench.config import EvaluationConfig
 from flowbench.evaluation.protocol import Judges, score_split
+from flowbench.files import write_atomically
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
@@ -54,11 +55,10 @@ def clip_scores(folder: Path) -> dict[str, float]:
 
 
 def _write(folder: Path, description: str, scores: dict[str, float]) -> None:
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
-    (folder / "README.md").write_text(
-        f"{description}\n## Scores\n\n| measure | value |\n| --- | --- |\n{table}\n", "utf-8"
-    )
+    text = f"{description}\n## Scores\n\n| measure | value |\n| --- | --- |\n{table}\n"
+    write_atomically(folder / "README.md", text)
 
 
 def _plan(plan: FitPlan, batch: int) -> str:

@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from flowbench.builders.data import draw_captions, draw_images
 from flowbench.builders.fit import FitPlan, Progress, fit, reduced_precision
 from flowbench.builders.tokenizer import MAX_TOKENS
+from flowbench.files import write_atomically
 from flowbench.testbeds.shapes.world import Caption, mutate
 
 PLAN = FitPlan("clip", steps=1400, lr=1.5e-3, weight_decay=0.05, warmup=200, checkpoint_every=100)
@@ -110,6 +111,7 @@ def save_clip(model: open_clip.CLIP, tokenizer: CLIPTokenizer, folder: Path) -> 
     tokenizer.save_pretrained(folder)
     normalised = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     config = {"model_cfg": clip_config(len(tokenizer)), "preprocess_cfg": normalised}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_atomically(folder / "open_clip_config.json", json.dumps(config, indent=1) + "\n")
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
-    save_file(weights, str(folder / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    file = folder / "open_clip_model.safetensors"
+    write_atomically(file, lambda place: save_file(weights, place, metadata={"format": "pt"}))

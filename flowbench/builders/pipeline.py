@@ -18,6 +18,7 @@ from flowbench.builders.fit import Progress
 from flowbench.builders.reward_card import write_reward_cards
 from flowbench.builders.stages import chosen_stages
 from flowbench.builders.tokenizer import build_tokenizer
+from flowbench.files import write_atomically
 from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy
@@ -118,4 +119,4 @@ def save_pipeline(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     for path in (folder / "model_index.json", *folder.rglob("config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

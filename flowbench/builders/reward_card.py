@@ -10,6 +10,7 @@ import torch
 
 from flowbench.builders.preferences import Pictures, draw_choices, population
 from flowbench.builders.rewards import NAMES
+from flowbench.files import write_atomically
 from flowbench.reward import Reward
 from flowbench.rewards.aesthetic import Aesthetic
 from flowbench.rewards.clip import Clip
@@ -101,10 +102,10 @@ def write_reward_cards(folder: Path, clip_folder: Path, pictures: Pictures, seed
         if name == "clip":
             continue  # it has a card of its own
         place = folder / f"mini-{name}"
-        (place / "scores.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_atomically(place / "scores.json", json.dumps(values, indent=1) + "\n")
         table = "\n".join(f"| {measure} | {value:.3f} |" for measure, value in values.items())
         text = f"# mini-{name}\n{_TEXT[name]}{_COMMON}\n## Scores\n\n"
-        (place / "README.md").write_text(f"{text}| measure | value |\n| --- | --- |\n{table}\n", encoding="utf-8")
+        write_atomically(place / "README.md", f"{text}| measure | value |\n| --- | --- |\n{table}\n")
 
 
 _TEXT = {

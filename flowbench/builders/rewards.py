@@ -26,6 +26,7 @@ from flowbench.builders.fit import FitPlan, Progress, fit, step_generator
 from flowbench.builders.hf_clip import clip_model, copy_clip, copy_vision, copy_words
 from flowbench.builders.preferences import Annotators, Choices, Pictures, draw_choices, population
 from flowbench.builders.tokenizer import MAX_TOKENS
+from flowbench.files import write_atomically
 from flowbench.rewards.aesthetic import HEAD as AESTHETIC_FILE
 from flowbench.rewards.imagereward import CONFIG as BLIP_CONFIG
 from flowbench.scoring.preprocess import normalize
@@ -312,8 +313,8 @@ def scores_of(score: Score, pictures: Pictures, device: torch.device) -> torch.T
 def _save_half(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Half the size; the readers compute in single precision."""
     half = {k: v.detach().cpu().half().contiguous() for k, v in weights.items()}
-    save_file(half, str(path), metadata={"format": "pt"})
+    write_atomically(path, lambda place: save_file(half, place, metadata={"format": "pt"}))
 
 
 def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

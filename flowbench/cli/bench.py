@@ -29,7 +29,8 @@ def bench(
     from flowbench.cli.display.bench import BenchProgress, table
     from flowbench.experiments.bench import bench as measure
     from flowbench.experiments.bench import bench_config
-    from flowbench.record import RANDOM, write_atomically
+    from flowbench.files import write_atomically
+    from flowbench.record import RANDOM
     from flowbench.registry import load_plugin_file
     from flowbench.settings import parse_assignments
 

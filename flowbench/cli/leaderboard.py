@@ -113,7 +113,7 @@ def _pages(folder: Path, write: bool, since: str | None) -> None:
 
 
 def _hand_out(text: str, output: Path | None) -> None:
-    from flowbench.record import write_atomically
+    from flowbench.files import write_atomically
 
     if output is None:
         typer.echo(text, nl=False)

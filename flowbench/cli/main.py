@@ -39,12 +39,13 @@ from flowbench.cli.options import (
     TflopsOption,
     TrackOption,
 )
-from flowbench.errors import PeerError, RunError, RunInterruptedError, UsageError
+from flowbench.errors import PeerError, RunError, RunInterruptedError, TerminatedError, UsageError
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 from flowbench.launch import check_alone, is_main
+from flowbench.training.interrupt import ended_by_signals
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+INTERRUPTED, SIGNALLED = 130, 128  # exit statuses as shells have them: after Ctrl-C, and what a signal's number adds to
 
 app = typer.Typer(
     add_completion=False,
@@ -71,6 +72,8 @@ def run(
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the same run is.")] = False,
+    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep; default: the last.")] = None,
     track: TrackOption = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its cost.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="With --dry-run: also compute memory and time.")] = False,
@@ -85,6 +88,7 @@ def run(
     from flowbench.settings import parse_assignments
 
     given = parse_assignments(settings) | ({"evaluation.keep_images": True} if keep_images else {})
+    given |= {} if keep is None else {"training.keep_checkpoints": keep}
     resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts, random_init)
     resolved, planned = cli_planning.planned(resolved, dry_run, memory, memory_limit, tflops, json_)
     trackers = api.choose_trackers(track)
@@ -94,7 +98,10 @@ def run(
     from flowbench.cli.display.progress import RunProgress
 
     with RunProgress(resolved) as progress:
-        result = api.carry_out(resolved, _command(), output, resume, progress.listener(), trackers)
+        result = api.carry_out(resolved, _command(), output, resume, progress.listener(), trackers, overwrite)
+    if result.before:
+        typer.echo(f"this run is finished: {result.folder}")
+        return
     display.scores(result.record, result.folder)
 
 
@@ -218,34 +225,52 @@ def main() -> None:
     try:
         if not is_main():
             logging.getLogger("flowbench").setLevel(logging.ERROR)  # main warns
-        code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
+        with ended_by_signals():
+            code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
         if code == INTERRUPTED:  # typer's way to pass on a Ctrl-C
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
+    except SystemExit as error:
+        if not (notes := _notes(error)):
+            raise
+        # A run whose output nobody reads any more (`| head`), or that a plug-in ended.
+        print(f"flowbench: the program was ended on the way{notes}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error.code, int) and error.code else 1)
     except Exception as error:
         if debug:
             raise
         message, status = _explain(error)
+        message += _notes(error)
         if is_main() or not isinstance(error, (UsageError, RunInterruptedError, PeerError)):  # else main says it
             print(f"flowbench: {message}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         print("flowbench: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except TerminatedError as error:
+        print("flowbench: terminated", file=sys.stderr)
+        sys.exit(SIGNALLED + error.signal)
+
+
+def _notes(error: BaseException) -> str:
+    """What was noted of an error on the way: where the last good iteration is, and how to go on."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _explain(error: Exception) -> tuple[str, int]:
     """One line and the exit code for an error."""
     if isinstance(error, UsageError):
         return str(error), 2
+    if isinstance(error, RunInterruptedError):
+        return str(error), SIGNALLED + error.signal
     if isinstance(error, RunError):
         return str(error), 1
     if hasattr(error, "format_message"):  # typer's own: unknown command or option, missing argument
         return " ".join(error.format_message().split()) + " (see --help)", 2
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
-        return "the disk is full; free some space and continue with --resume; the last checkpoint is intact", 1
+        return "the disk is full; free some space", 1
     if type(error).__name__ == "OutOfMemoryError":
-        return "out of GPU memory; lower training.microbatch or training.decode_batch and continue with --resume", 1
+        return "out of GPU memory; lower training.microbatch or training.decode_batch", 1
     first = str(error).strip().splitlines()
     return f"{type(error).__name__}: {first[0] if first else ''} (run with --debug for the traceback)", 1
 

@@ -29,7 +29,7 @@ def planned(
     if not memory and limit is None:
         return config, None
     from flowbench.experiments.planning.plan import divided, parse_memory, plan
-    from flowbench.record import write_atomically
+    from flowbench.files import write_atomically
 
     bound = None if limit is None else parse_memory(limit)
     found = plan(config, bound, tflops)

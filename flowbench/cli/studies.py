@@ -52,8 +52,9 @@ def ablate(
     if dry_run:
         display.plan(all_jobs(variants))
         return
-    from flowbench.record import write_atomically
+    from flowbench.files import write_atomically
     from flowbench.reporting.plots import ablation_curves
+    from flowbench.reporting.style import drawing
 
     with display.StudyProgress() as progress:
         outcomes = run_jobs(all_jobs(variants), progress.listener(), jobs, plugin)
@@ -67,8 +68,9 @@ def ablate(
         else:
             typer.echo(text, nl=False)
     path = plot or variants[0].jobs[0].folder.parent / "ablation.png"
-    ablation_curves(path, {row.variant: row.curves for row in result}, f"{algorithm} on {reward}")
-    typer.echo(path, err=True)
+    with drawing("of the study"):
+        ablation_curves(path, {row.variant: row.curves for row in result}, f"{algorithm} on {reward}")
+        typer.echo(path, err=True)
 
 
 def check(

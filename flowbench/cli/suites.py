@@ -55,7 +55,12 @@ def run(
         display.plan(cells)
         return
     where = _executor(executor, jobs, cores, gpus, slurm, device, output)
-    outcomes = _carried_out(cells, where, plugins, retry_failed)
+    from flowbench.experiments.suite import load_suite
+    from flowbench.locks import locked
+
+    name = load_suite(suite).suite.name
+    with locked(output / f".suite-{name}", f"suite '{name}' in '{output}'", beside=True):
+        outcomes = _carried_out(cells, where, plugins, retry_failed)
     display.show(cells, _again(suite, plugin, output))
     if outcomes and not any(outcome.record for outcome in outcomes):
         raise RunError(f"every run failed; the first: {outcomes[0].failure}")
@@ -67,7 +72,7 @@ def show(
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
 ) -> None:
-    """Show which runs of a suite are done, begun, failed, missing or not applicable."""
+    """Show which runs of a suite are done, running, interrupted, failed, missing or not applicable."""
     from flowbench.cli.display import suites as display
 
     cells, _ = _planned(suite, output, DEVICE, plugin)

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from PIL import Image
 
+from flowbench.files import write_atomically
 from flowbench.prompts import Prompt
 from flowbench.terms import path_name
 
@@ -57,11 +58,10 @@ class Album:
             images: torch.Tensor,
             scores: Scored,
         ) -> None:
-            (self.folder / place).mkdir(parents=True, exist_ok=True)
             for i, (p, k) in enumerate(rows):
                 file = f"{place}/{p:04d}-{k}.png"
                 pixels = (images[i].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(self.folder / file)
+                write_atomically(self.folder / file, Image.fromarray(pixels).save, durable=False)
                 own = {metric: float(values[i]) for metric, values in scores.items()}
                 self.kept.append(KeptImage(file, split, model, scale, p, k, prompts[p], own))
 

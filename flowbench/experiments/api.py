@@ -6,12 +6,14 @@ The command line calls these functions too. Importing this module is cheap; torc
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
-from flowbench.errors import UsageError
+from flowbench.errors import RunInterruptedError, TerminatedError, UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
 if TYPE_CHECKING:
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves: its record, and the folder with everything else (README, "What a run leaves")."""
+    """What a finished run leaves: its record, and the folder with everything else (README, "What a run leaves").
+
+    before: whether it was finished already, and nothing was done.
+    """
 
     record: Record
     folder: Path
+    before: bool = False
 
 
 def resolve(
@@ -90,6 +96,7 @@ def run(
     memory_limit: str | None = None,
     random_init: bool = False,
     keep_images: bool = False,
+    overwrite: bool = False,
     *,
     listener: Listener | None = None,
 ) -> RunResult:
@@ -106,17 +113,20 @@ def run(
         config: a YAML file with settings, such as a run's config.yaml; all other arguments come before it.
         plugins: Python files that register algorithms or rewards.
         output: the folder of run folders.
-        resume: continue an interrupted run from its checkpoint.
+        resume: continue an interrupted run from its checkpoint; a finished one is given back as it is.
         prompts: a prompt set's name, a folder with a file per split, or one file; None is the model's set.
         track: experiment trackers that are told of the run, such as "tensorboard" or "wandb".
         memory_limit: "24GiB": the work is divided so that every phase fits; results stay the same.
         random_init: the model's real configuration with random weights, to measure and never to compare.
         keep_images: keep the evaluation's images below images/ in the run folder, with a table of their scores.
+        overwrite: begin anew where a run is, finished or not; only what flowbench wrote is removed.
         listener: is told how far the run is.
 
     Raises:
         UsageError: the request is wrong, or its run is finished already; nothing was computed.
-        RunError: it could not be carried out; what was computed until then is saved.
+        BusyError: another process makes the same run.
+        RunError: it could not be carried out. Whatever is raised, the last good iteration is saved, and a note of the
+            error (`__notes__`) says where.
     """
     if keep_images:
         settings = {**(settings or {}), "evaluation.keep_images": True}
@@ -129,7 +139,7 @@ def run(
     options = {"reward": reward, "model": model, "seed": seed, "images": images, "device": device, "config": config}
     options |= {"prompts": prompts, "track": ",".join(trackers) or None, "memory-limit": memory_limit}
     command = _command(algorithm, settings, plugins, random_init, **options, output=output)
-    return carry_out(resolved, command, output, resume, listener, trackers)
+    return carry_out(resolved, command, output, resume, listener, trackers, overwrite)
 
 
 def carry_out(
@@ -139,6 +149,7 @@ def carry_out(
     resume: bool = False,
     listener: Listener | None = None,
     trackers: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> RunResult:
     """Make the run of a resolved configuration below `output`; `command` is what its record says it was made with.
 
@@ -146,18 +157,35 @@ def carry_out(
 
     Raises UsageError and RunError as `run` does.
     """
-    from flowbench.experiments.run import Listener, execute, run_folder
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite begins it anew; use one of them")
+    from flowbench.experiments.folder import finished_record, run_folder
+    from flowbench.experiments.run import Listener, execute
     from flowbench.record import RANDOM
     from flowbench.scoring.checkpoints import random_weights
 
     folder, told = run_folder(Path(output), config), listener or Listener()
-    with random_weights(config.model.endswith(RANDOM)):
+    if resume and (record := finished_record(folder)):
+        return RunResult(record, folder, before=True)
+    with random_weights(config.model.endswith(RANDOM)), _interruptible():
         if not trackers:
-            return RunResult(execute(config, folder, command, resume, told), folder)
+            return RunResult(execute(config, folder, command, resume, told, overwrite), folder)
         from flowbench.experiments.trackers import tracked
 
         with tracked(trackers, config, folder, told) as told:
-            return RunResult(execute(config, folder, command, resume, told), folder)
+            return RunResult(execute(config, folder, command, resume, told, overwrite), folder)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it, a signal that ends the run at once is an interruption as any other; what was noted of it stays."""
+    try:
+        yield
+    except (KeyboardInterrupt, TerminatedError) as error:
+        interrupted = RunInterruptedError("interrupted", getattr(error, "signal", SIGINT))
+        for note in getattr(error, "__notes__", ()):
+            interrupted.add_note(note)
+        raise interrupted from error
 
 
 def choose_trackers(names: Sequence[str]) -> tuple[str, ...]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from flowbench.config import PRESET
+from flowbench.files import write_atomically, write_folder
 from flowbench.models.presets import ModelPreset, with_absolute_paths
 from flowbench.prompts import PromptSplit, available_splits, load_split, save_split
-from flowbench.record import write_atomically
 
 PROMPTS = "prompts"
 
@@ -23,10 +22,13 @@ def keep_inputs(folder: Path, preset: ModelPreset, train: PromptSplit, evaluated
     """
     content = with_absolute_paths(preset, Path()).model_dump(mode="json")
     write_atomically(folder / PRESET, yaml.safe_dump(content, sort_keys=False))
-    shutil.rmtree(folder / PROMPTS, ignore_errors=True)
-    save_split(train, folder / PROMPTS, with_references=False)
-    for split in evaluated:
-        save_split(split, folder / PROMPTS, with_references=True)
+
+    def save(place: Path) -> None:
+        save_split(train, place, with_references=False)
+        for split in evaluated:
+            save_split(split, place, with_references=True)
+
+    write_folder(folder / PROMPTS, save)
 
 
 def kept_split(folder: Path, prompt_set: str, name: str) -> PromptSplit:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flowbench.config import RunConfig, resolve_config
-from flowbench.errors import RunError, RunInterruptedError, UsageError
+from flowbench.errors import BusyError, RunError, RunInterruptedError, UsageError
+from flowbench.experiments.folder import DONE, RECORD, run_folder
 from flowbench.experiments.outcome import failed_record
-from flowbench.experiments.run import DONE, RECORD, Listener, execute, run_folder
+from flowbench.experiments.run import Listener, execute
+from flowbench.locks import holder
 from flowbench.models.memory import release_memory
 from flowbench.record import Record, load_record
-from flowbench.training.checkpoint import CHECKPOINT, METRICS
+from flowbench.training.checkpoint import METRICS, checkpoint_files
 
 INTERRUPTED = "interrupted; finished runs are kept, the same command continues"
 
-State = Literal["done", "failed", "begun", "missing"]
+BUSY_SECONDS = 30.0  # a worker whose study was killed ends within that, and its lock with it
+
+State = Literal["done", "running", "interrupted", "failed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Job:
 
     @property
     def state(self) -> State:
-        """What its folder says. A run that has begun is at work, or was interrupted."""
+        """What its folder says, and whether a process works there."""
         if self.done:
             return "done"
+        if holder(self.folder) is not None:
+            return "running"
         if kept_failure(self) is not None:
             return "failed"
-        return "begun" if self.folder.is_dir() else "missing"
+        return "interrupted" if self.folder.is_dir() else "missing"
 
     @property
     def iterations(self) -> tuple[int, int]:
@@ -124,11 +131,18 @@ def spell(value: Any) -> str:
 
 def run_job(job: Job, listener: Listener = Listener()) -> Outcome:
     """Make one run, or continue it from its checkpoint."""
+    patience = time.monotonic() + BUSY_SECONDS
     try:
-        resume = (job.folder / CHECKPOINT).exists()
-        return Outcome(job, execute(job.config, job.folder, job.command, resume, listener))
-    except RunInterruptedError:
-        raise RunInterruptedError(INTERRUPTED) from None  # the run's own words ask for --resume
+        while True:
+            try:
+                resume = job.done or bool(checkpoint_files(job.folder))
+                return Outcome(job, execute(job.config, job.folder, job.command, resume, listener))
+            except BusyError:
+                if time.monotonic() > patience:
+                    raise
+                time.sleep(1)
+    except RunInterruptedError as error:
+        raise RunInterruptedError(INTERRUPTED, error.signal) from None  # the run's own words ask for --resume
     except RunError as error:
         return Outcome(job, None, str(error))
     finally:
@@ -173,11 +187,13 @@ def kept_failure(job: Job) -> str | None:
 
 def forget_failure(job: Job) -> None:
     """The run is to be made again: from its checkpoint, if it has one."""
-    if kept_failure(job) is not None:
+    if kept_failure(job) is not None and holder(job.folder) is None:
         (job.folder / RECORD).unlink(missing_ok=True)
 
 
 def keep_failure(job: Job, failure: str) -> None:
-    """Leave a record of a run that failed, in the place of that of a finished one."""
+    """Leave a record of a run that failed, in the place of that of a finished one; not where a process is at work."""
+    if job.done or holder(job.folder) is not None:
+        return
     record = failed_record(job.config, job.command, failure)
     record.model_copy(update=vars(job.stamp) if job.stamp else {}).save(job.folder / RECORD)

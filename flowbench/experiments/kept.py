@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowbench.evaluation.album import Album, KeptImage
+from flowbench.files import write_atomically
 from flowbench.models.processes import Processes
-from flowbench.record import write_atomically
 
 IMAGES, TABLE = "images", "images.csv"
 COLUMNS = ("file", "split", "model", "guidance_scale", "prompt_index", "image", "noise_seed", "prompt")

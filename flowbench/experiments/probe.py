@@ -18,11 +18,12 @@ from flowbench.experiments import api
 from flowbench.experiments.run import build_algorithm, build_policy, run_config, tuned_weights
 from flowbench.experiments.true_gradient import Identity, SamplingPath, TrueGradient, identify, true_gradient
 from flowbench.experiments.updates import measure_updates
+from flowbench.files import write_atomically
 from flowbench.models.devices import pick_device
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
-from flowbench.record import code_commit, write_atomically
+from flowbench.record import code_commit
 from flowbench.terms import combined_info, parse_reward
 from flowbench.training.trainer import Trainer
 

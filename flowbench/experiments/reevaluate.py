@@ -23,13 +23,14 @@ from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.inputs import kept_split
 from flowbench.experiments.kept import make_album, save_table
 from flowbench.experiments.run import CONFIG, RECORD, base_policy, load_tuned
+from flowbench.files import write_atomically
 from flowbench.models.devices import pick_device
 from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import ALONE
 from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
 from flowbench.prompts.needs import check_needs
-from flowbench.record import Score, load_record, write_atomically
+from flowbench.record import Score, load_record
 from flowbench.registry import rewards
 from flowbench.terms import plain_metric, term_names
 

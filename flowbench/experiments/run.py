@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
+import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from flowbench.algorithm import Algorithm
 from flowbench.config import RunConfig, load_run_config
@@ -21,9 +21,11 @@ from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, training_reward
 from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
 from flowbench.evaluation.protocol import guidance_scales
+from flowbench.experiments.folder import CONFIG, DONE, RECORD, finished_record, occupied
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.experiments.kept import IMAGES, make_album, save_table
 from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
+from flowbench.files import write_atomically, write_folder
 from flowbench.models.counting import EVALUATION
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
@@ -32,21 +34,20 @@ from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import Processes, started
 from flowbench.prompts import load_split, spread
-from flowbench.record import Point, Record, read_metrics, write_atomically
+from flowbench.record import Point, Record, read_metrics
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
 from flowbench.reporting.plots import learning_curves
 from flowbench.reporting.samples import draw_pairs
+from flowbench.reporting.style import drawing
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Rollout
-from flowbench.terms import path_name
 from flowbench.testbeds.shapes.truth import truth
-from flowbench.training.checkpoint import CHECKPOINT, METRICS
+from flowbench.training.checkpoint import AGAIN, METRICS, checkpoint_files, rescued
 from flowbench.training.points import Points
 from flowbench.training.processes import check_division
 from flowbench.training.trainer import IterationLog, Trainer
 
-CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
 CALL = "pipeline_call.json"  # beside the tuned weights
 TRUTH_EVERY = 4  # iterations; the oracle is not free
 
@@ -63,12 +64,6 @@ class Listener:
     on_evaluation: Callable[[int, int], None] = lambda done, total: None
     on_record: Callable[[Record, Path], None] = lambda record, folder: None
     on_point: Callable[[Point], None] = lambda point: None
-
-
-def run_folder(output: Path, config: RunConfig) -> Path:
-    """runs/<model>/<reward>/<algorithm>/<config-hash>-s<seed>."""
-    model = load_preset(config.model).name
-    return output / model / path_name(config.reward) / config.algorithm / f"{config.hash()}-s{config.seed}"
 
 
 def build_policy(
@@ -129,38 +124,48 @@ def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
     return cls(cls.Config.model_validate(config.hyperparameters), score)
 
 
-def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:
-    """Make the run folder and write its config.yaml.
-
-    Raises UsageError when it already holds a finished run, an unfinished one without `resume`, or none with it.
-    """
-    if (folder / DONE).exists():
-        raise UsageError(
-            f"this run is finished: {folder}; change --seed or a setting, or delete the folder to repeat it"
-        )
-    if (folder / CHECKPOINT).exists() and not resume:
-        raise UsageError(f"an unfinished run is in {folder}; add --resume to continue it, or delete the folder")
-    if resume and not (folder / CHECKPOINT).exists():
-        raise UsageError(f"nothing to resume in {folder}; check --output, --seed and the settings, or drop --resume")
-    if not resume and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-
-def execute(config: RunConfig, folder: Path, command: str, resume: bool, listener: Listener = Listener()) -> Record:
-    """Train and evaluate; the folder then holds everything that design.md promises.
+def execute(
+    config: RunConfig,
+    folder: Path,
+    command: str,
+    resume: bool,
+    listener: Listener = Listener(),
+    overwrite: bool = False,
+) -> Record:
+    """Train and evaluate; the folder then holds everything that docs/records.md promises.
 
     In each of several processes that were started together, this is its share of the work: main writes, and listens.
-    Raises RunError when something fails on the way, with all that was computed saved.
+    With `resume` a run that is finished is left as it is, and gives its record; overwrite: begin anew, whatever is
+    there. Raises UsageError and BusyError as `folder.occupied` does. Whatever else is raised once training can begin,
+    the last good iteration is saved, and a note of the error says where and how to go on.
     """
-    with started(config.device) as processes:
-        return _execute(config, folder, command, resume, listener if processes.is_main else Listener(), processes)
+    if resume and (record := finished_record(folder)):
+        return record
+    with started(config.device) as processes, ExitStack() as held:
+        request = _Request(config, folder, command, resume, overwrite)
+        return _execute(request, listener if processes.is_main else Listener(), processes, held)
 
 
-def _execute(
-    config: RunConfig, folder: Path, command: str, resume: bool, listener: Listener, processes: Processes
-) -> Record:
+@dataclass(frozen=True)
+class _Request:
+    """What `execute` was asked for."""
+
+    config: RunConfig
+    folder: Path
+    command: str
+    resume: bool
+    overwrite: bool
+
+    @property
+    def again(self) -> str:
+        """How to go on after an interruption."""
+        words = [word for word in shlex.split(self.command) if word not in ("--resume", "--overwrite")]
+        command = shlex.join([*words, "--resume"])
+        return f"continue with: {command}" if words and command.isprintable() else AGAIN
+
+
+def _execute(request: _Request, listener: Listener, processes: Processes, held: ExitStack) -> Record:
+    config, folder = request.config, request.folder
     preset, device = load_preset(config.model), processes.device
     check_division(processes, config.training)
     splits = [load_split(config.prompt_set(preset), name) for name in config.evaluation.splits]
@@ -169,7 +174,7 @@ def _execute(
     dev = None if isinstance(preset, AnalyticPreset) else dev_split(config, preset)
     on_dev = spread(dev, config.evaluation.prompts) if dev else ()
     if processes.is_main:
-        prepare_folder(folder, config, resume)
+        held.enter_context(occupied(folder, config, request.resume, request.overwrite))
         keep_inputs(folder, preset, train_prompts, [*splits, *((dev,) if dev else ())])
     processes.wait()
     reward = training_reward(config, preset, device, config.training.reward_scale == "standardized")
@@ -190,35 +195,41 @@ def _execute(
         trainer.points = Points(scorer, policy, config.evaluation.points, trainer.iterations, folder, listener.on_point)
     if judges.oracle and config.reward != "oracle":
         trainer.observe = _truth_of_training
-    if resume:
+    if request.resume:
         trainer.resume()
-    listener.on_start(trainer.iteration, trainer.iterations)
-    if device.type != "cpu":  # now, because training moves the text encoders off the device
-        for prompts in filter(None, (evaluated, [""], train_prompts.prompts, on_dev)):
-            policy.encode(prompts)
-    budget = trainer.run()
-    trainer.updater.use_average()
+    trainer.again = request.again
+    with rescued(trainer):
+        listener.on_start(trainer.iteration, trainer.iterations)
+        if device.type != "cpu":  # now, because training moves the text encoders off the device
+            for prompts in filter(None, (evaluated, [""], train_prompts.prompts, on_dev)):
+                policy.encode(prompts)
+        budget = trainer.run()
+        trainer.updater.use_average()
+        if processes.is_main:
+            save_tuned(policy, folder / "checkpoints" / "tuned", config)
+        evaluation_begun = time.perf_counter()
+        with policy.evaluations.counted_as(EVALUATION):
+            album = make_album(folder / IMAGES, processes) if protocol.keep_images else None
+            pairs = evaluate_pairs(policy, splits, judges, protocol, listener.on_evaluation, album)
+        if album:
+            save_table(album, protocol.seed, processes)
+        scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
+        seconds = time.perf_counter() - evaluation_begun
+        (evaluations,) = processes.total((policy.evaluations.counts.get(EVALUATION, 0),))
+        costs = costs_of(policy, budget, trainer.points, (seconds, evaluations), processes.hardware)
+        way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
+        outcome = Evaluated(pairs, scores, seconds, evaluations)
+        used = [train_prompts, *splits]
+        record = make_record(config, request.command, reward, judges, used, dev, outcome, budget, costs, way)
+        if processes.is_main:
+            record.save(folder / RECORD)
+            write_atomically(folder / DONE, "")
     if processes.is_main:
-        save_tuned(policy, folder / "checkpoints" / "tuned", config)
-    evaluation_begun = time.perf_counter()
-    with policy.evaluations.counted_as(EVALUATION):
-        album = make_album(folder / IMAGES, processes) if protocol.keep_images else None
-        pairs = evaluate_pairs(policy, splits, judges, protocol, listener.on_evaluation, album)
-    if album:
-        save_table(album, protocol.seed, processes)
-    scores = {**compare(pairs), **(study.scores(config.evaluation.splits) if study else {})}
-    seconds = time.perf_counter() - evaluation_begun
-    (evaluations,) = processes.total((policy.evaluations.counts.get(EVALUATION, 0),))
-    costs = costs_of(policy, budget, trainer.points, (seconds, evaluations), processes.hardware)
-    way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
-    outcome = Evaluated(pairs, scores, seconds, evaluations)
-    record = make_record(config, command, reward, judges, [train_prompts, *splits], dev, outcome, budget, costs, way)
-    if processes.is_main:
-        record.save(folder / RECORD)
-        draw(folder, pairs, config, way)
-        if study and splits:  # a search's run has no reporting split
-            draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
-        (folder / DONE).touch()
+        trainer.checkpoints.keep_only(config.training.keep_checkpoints or 1)
+        with drawing(f"of run '{folder}'"):
+            draw(folder, pairs, config, way)
+            if study and splits:  # a search's run has no reporting split
+                draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
         listener.on_record(record, folder)
     return record
 
@@ -232,12 +243,15 @@ def _truth_of_training(rollout: Rollout) -> dict[str, float]:
 
 def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
     """Write the tuned weights, and beside them the arguments with which plain diffusers samples what is evaluated."""
-    policy.save(folder)
-    if on_plane(policy):
-        return
-    scale = guidance_scales(policy, config.evaluation)[""]
-    arguments = policy.family.call_arguments(config.evaluation.num_steps or policy.preset.num_steps, scale)
-    write_atomically(folder / CALL, json.dumps(arguments, indent=1) + "\n")
+
+    def save(place: Path) -> None:
+        policy.save(place)
+        if not on_plane(policy):
+            scale = guidance_scales(policy, config.evaluation)[""]
+            arguments = policy.family.call_arguments(config.evaluation.num_steps or policy.preset.num_steps, scale)
+            write_atomically(place / CALL, json.dumps(arguments, indent=1) + "\n")
+
+    write_folder(folder, save)
 
 
 def draw(folder: Path, pairs: dict[str, Pair], config: RunConfig, way: Way = NO_WAY) -> None:
@@ -274,13 +288,13 @@ def run_config(folder: Path) -> tuple[RunConfig, ModelPreset]:
 def tuned_weights(folder: Path) -> dict[str, Any]:
     """The weights that a run evaluates, for `Policy.load_state_dict`.
 
-    Raises RunError when they are missing.
+    Raises RunError when they are missing or damaged.
     """
-    checkpoint = folder / CHECKPOINT
-    if not checkpoint.is_file():
+    files = checkpoint_files(folder)
+    if not files:
         raise RunError(f"run '{folder}' has no checkpoint yet; continue it with --resume")
     from flowbench.training.state import load_state
 
-    state = load_state(checkpoint)
+    state = load_state(files[0])
     # The reference view of a run that uses "old" is not needed to sample from it.
     return {"current": state["average"] or state["policy"]["current"]}

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 
-from flowbench.errors import RunInterruptedError
+from flowbench.errors import RunInterruptedError, TerminatedError
 from flowbench.experiments.executors import Executor
 from flowbench.experiments.jobs import (
     INTERRUPTED,
@@ -96,8 +97,8 @@ def _elsewhere(
     try:
         for job, failure in executor.carry_out(jobs, plugins, lambda job: listener.on_training(job, *job.iterations)):
             yield _kept(job, failure)
-    except KeyboardInterrupt:
-        raise RunInterruptedError(INTERRUPTED) from None
+    except (KeyboardInterrupt, TerminatedError) as error:
+        raise RunInterruptedError(INTERRUPTED, getattr(error, "signal", SIGINT)) from None
 
 
 def _kept(job: Job, failure: str | None) -> Outcome:
@@ -105,6 +106,8 @@ def _kept(job: Job, failure: str | None) -> Outcome:
     if failure is not None:
         keep_failure(job, failure)
     outcome = settled(job)
+    if outcome is None and failure is not None:
+        return Outcome(job, None, failure)  # another process is at it, and its folder is left alone
     if outcome is None:
         keep_failure(job, "it left no record; is its folder on a file system that all machines share?")
         outcome = settled(job)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,9 +23,10 @@ from flowbench.sections import EvaluationConfig, TrainingConfig
 from flowbench.workloads import Workload, first_fault, load_workload
 
 FOLDER = Path(__file__).parent / "suites"
+STATES: tuple[State, ...] = get_args(State)
 
 # Settings that only divide or observe the work, and so are free under every ruleset; but targets need the points.
-FREE = {f"training.{name}" for name in TrainingConfig.divides}
+FREE = {f"training.{name}" for name in (*TrainingConfig.divides, *TrainingConfig.observes)}
 FREE |= {f"evaluation.{name}" for name in (*EvaluationConfig.divides, "dev_judges", "keep_images")}
 
 
@@ -102,7 +103,7 @@ class Cell:
     def counts(self) -> dict[State, int]:
         """How many of its runs are in each state."""
         found = Counter(job.state for job in self.jobs)
-        return {state: found[state] for state in ("done", "begun", "failed", "missing")}
+        return {state: found[state] for state in STATES}
 
     def failures(self) -> list[str]:
         """A line for each run that failed."""

@@ -18,8 +18,9 @@ from PIL import Image
 from flowbench.config import RunConfig
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.experiments.run import Listener
+from flowbench.files import write_atomically
 from flowbench.models.presets import load_preset
-from flowbench.record import Record, write_atomically
+from flowbench.record import Record
 from flowbench.terms import path_name
 from flowbench.training.trainer import IterationLog
 

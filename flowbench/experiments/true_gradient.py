@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from flowbench.errors import RunError
 from flowbench.evaluation.exact import quadratic_form
 from flowbench.evaluation.exact_gradient import exact_gradient
+from flowbench.files import write_atomically
 from flowbench.models.families.plane import on_plane
 from flowbench.models.flow import get_sampler
 from flowbench.models.policy import Policy
@@ -143,10 +143,8 @@ def read_gradient(file: Path, identity: Identity) -> TrueGradient:
 
 
 def _keep(file: Path, gradient: TrueGradient, identity: Identity) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    save_file({"parts": torch.stack(gradient.parts)}, str(temporary), metadata={"identity": identity.text()})
-    os.replace(temporary, file)
+    parts = {"parts": torch.stack(gradient.parts)}
+    write_atomically(file, lambda place: save_file(parts, place, metadata={"identity": identity.text()}))
 
 
 def _part(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flowbench.files import write_atomically
+
 TRAIN, TEST, COMPOSITIONAL = 50, 20, 16  # prompts per category
 SEED = 11
 
@@ -132,9 +134,8 @@ def write_splits(folder: Path) -> None:
         rare = [held_out[i] for i in rng.permutation(len(held_out))[:COMPOSITIONAL]]
         for name, chosen in (("test", drawn[:TEST]), ("train", drawn[TEST:]), ("compositional", rare)):
             lines[name] += [f"{category}\ta photo of {p.text}" for p in chosen]
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in lines.items():
-        (folder / f"{name}.tsv").write_text("\n".join(content) + "\n", encoding="utf-8")
+        write_atomically(folder / f"{name}.tsv", "\n".join(content) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowbench.errors import UsageError, did_you_mean
+from flowbench.files import write_atomically
 from flowbench.prompts.prompt import Prompt
 from flowbench.prompts.readers import EXPECTED, read_prompts
 
@@ -195,18 +195,16 @@ def save_split(split: PromptSplit, folder: Path, with_references: bool) -> None:
     A file without reference images is copied as it is. Reference images are copied too if `with_references`, and
     otherwise named by their absolute paths.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     references = list(dict.fromkeys(p.reference for p in split.prompts if p.reference))
     if split.file and not references:
-        shutil.copyfile(split.file, folder / f"{split.name}{split.file.suffix.lower()}")
+        write_atomically(folder / f"{split.name}{split.file.suffix.lower()}", split.file.read_bytes())
         return
     names = {path: str(path) for path in references}
     if with_references:
         for k, path in enumerate(references):
             names[path] = f"references/{split.name}-{k}{path.suffix}"
-            (folder / "references").mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / names[path])
-    (folder / f"{split.name}.jsonl").write_text(_json_lines(split.prompts, names), encoding="utf-8")
+            write_atomically(folder / names[path], path.read_bytes())
+    write_atomically(folder / f"{split.name}.jsonl", _json_lines(split.prompts, names))
 
 
 def _place(prompt_set: str) -> Path:

@@ -7,6 +7,7 @@ every picture, page and terminal. This module is cheap to import; matplotlib com
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowbench.errors import UsageError
+from flowbench.files import write_atomically
 from flowbench.registry import OTHER, algorithms
 from flowbench.reporting.escape import plain
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger("flowbench")
 
 FULL, HALF = 7.0, 3.4  # widths in inches
 TEXT, DPI = 9.0, 200
@@ -209,6 +213,16 @@ def save(
     return path
 
 
+@contextmanager
+def drawing(what: str) -> Iterator[None]:
+    """Within it, a picture that cannot be drawn is left out with a warning: no result is lost for one."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a font, a text or the disk: whatever it is, the numbers are there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logger.warning("pictures %s cannot be drawn and are left out: %s", what, reason)
+
+
 def save_variants(stem: Path, build: Build, alt: str = "") -> list[Path]:
     """A picture for pages and papers: STEM.png, STEM.svg, STEM-dark.png and STEM-dark.svg, on transparent ground."""
     written = []
@@ -223,7 +237,9 @@ def _write(drawn: Figure, path: Path, theme: Theme, transparent: bool, alt: str)
     kind = path.suffix.lstrip(".").lower() or "png"
     described: dict[str, Any] = {"svg": {"Date": None, "Description": plain(alt)}, "png": {"Description": plain(alt)}}
     ground = "none" if transparent else theme.ground
-    drawn.savefig(path, format=kind, facecolor=ground, metadata=described.get(kind))
+    write_atomically(
+        path, lambda place: drawn.savefig(place, format=kind, facecolor=ground, metadata=described.get(kind))
+    )
 
 
 def label_lines(axis: Axes, ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:

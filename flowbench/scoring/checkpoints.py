@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowbench.errors import RunError
+from flowbench.files import write_atomically
 from flowbench.models.presets import EMBEDDED, resolve_weights
 
 if TYPE_CHECKING:
@@ -227,11 +228,9 @@ def convert(source: Path, target: Path) -> int:
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()) or not content:
         raise RunError(f"'{source}' is no checkpoint of plain tensors; there is nothing to convert")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
     # Cloned, because tensors that share memory cannot be saved.
-    save_file({k: v.contiguous().clone() for k, v in content.items()}, str(temporary), metadata={"format": "pt"})
-    os.replace(temporary, target)
+    tensors = {k: v.contiguous().clone() for k, v in content.items()}
+    write_atomically(target, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
     return len(content)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from flowbench.evaluation.dev import DevScorer
+from flowbench.files import write_atomically
 from flowbench.models.counting import DEV
 from flowbench.models.policy import Policy
-from flowbench.record import Point, write_atomically
+from flowbench.record import Point
 from flowbench.training.budget import Budget
 
 POINTS = "points.jsonl"
@@ -53,6 +54,7 @@ class Points:
     def resume(self, iteration: int) -> None:
         """Take the points that the folder has, up to this iteration."""
         self.measured = [point for point in read_points(self.path) if point.iteration <= iteration]
+        self._write()
 
     def due(self, iteration: int) -> bool:
         """Whether a point is to be measured after this iteration; 0 is the base model, whenever it is."""
@@ -78,9 +80,12 @@ class Points:
             dev_function_evaluations=spent,
         )
         self.measured = sorted([*self.measured, point], key=lambda p: p.iteration)
+        self._write()
+        self.on_point(point.plain)
+
+    def _write(self) -> None:
         if self.policy.processes.is_main:
             write_atomically(self.path, "".join(f"{p.model_dump_json()}\n" for p in self.measured))
-        self.on_point(point.plain)
 
     @property
     def base(self) -> dict[str, float]:
@@ -106,7 +111,7 @@ class Points:
 def read_points(path: Path) -> list[MeasuredPoint]:
     """The lines of a points.jsonl, up to the first that is none; none where there is no file."""
     found: list[MeasuredPoint] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             found.append(MeasuredPoint.model_validate_json(line))
         except ValidationError:

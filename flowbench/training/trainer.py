@@ -13,7 +13,8 @@ import torch
 
 from flowbench.algorithm import Algorithm, RewardFunction
 from flowbench.config import RunConfig
-from flowbench.errors import RunError, RunInterruptedError
+from flowbench.errors import RunInterruptedError
+from flowbench.files import append_line
 from flowbench.models.counting import BACKWARD, FORWARD
 from flowbench.models.flow import get_sampler
 from flowbench.models.policy import Policy
@@ -23,7 +24,7 @@ from flowbench.rollout import Rollout
 from flowbench.scoring.combination import WeightedSum
 from flowbench.terms import path_name
 from flowbench.training.budget import Budget
-from flowbench.training.checkpoint import METRICS, restore_checkpoint, save_checkpoint
+from flowbench.training.checkpoint import AGAIN, METRICS, Checkpoints, rescued
 from flowbench.training.collect import Collector
 from flowbench.training.interrupt import StopRequest
 from flowbench.training.points import Points
@@ -49,7 +50,8 @@ class Trainer:
     """Trains a policy with an algorithm on a reward until the budget of images is spent.
 
     Further metrics for the log may be set: `probe` of the policy after an iteration (from 1), `observe` of the images
-    of an iteration; and `points`, at which the averaged policy is scored on the way, outside the budget. Of several
+    of an iteration; and `points`, at which the averaged policy is scored on the way, outside the budget; and `again`,
+    what a user is told to do to go on. Of several
     processes (`policy.processes`) each has a trainer; main alone writes, probes and observes, and `on_iteration` of
     each is called.
     """
@@ -71,8 +73,9 @@ class Trainer:
         self.probe: Callable[[int], dict[str, float]] = lambda iteration: {}
         self.observe: Callable[[Rollout], dict[str, float]] = lambda rollout: {}
         self.points: Points | None = None
+        self.again = AGAIN
         self.budget, self.iteration = Budget(), 0
-        self.iterations = config.training.iterations
+        self.iterations, self.config_hash = config.training.iterations, config.hash()
         algorithm.setup(policy)
         algorithm.score = self._counted(algorithm.score)
         for network in algorithm.networks().values():
@@ -82,14 +85,17 @@ class Trainer:
         self.stop = StopRequest()
         self.collector = Collector(config, policy, algorithm, reward, prompts)
         self.updater = Updater(config, policy, algorithm)
+        self.checkpoints = Checkpoints(self)
 
     def run(self) -> Budget:
         """Train from where the trainer stands to the end of the budget.
 
-        Raises RunError for a bad reward or loss (after saving all that was computed), RunInterruptedError on Ctrl-C.
+        Raises RunError for a bad reward or loss, RunInterruptedError on Ctrl-C, SIGTERM or SIGHUP. Whatever is raised,
+        the last good iteration is saved, and a note of the error says where.
         """
         self._encode_prompts()
-        with self.stop.listening():
+        with self.stop.listening(), rescued(self):
+            self.save()  # also before the first iteration: whatever happens, there is something to go on from
             self._measure(0)
             self._measure(self.iteration)  # which an interrupted run may have left out
             while self.iteration < self.iterations:
@@ -103,8 +109,7 @@ class Trainer:
         if self.processes.any(self.stop.made):
             self.save()
             raise RunInterruptedError(
-                f"interrupted after iteration {self.iteration} of {self.iterations}, all of it saved; "
-                "the same command with --resume continues"
+                f"interrupted after iteration {self.iteration} of {self.iterations}", self.stop.signal
             )
 
     def _measure(self, iteration: int) -> None:
@@ -120,7 +125,19 @@ class Trainer:
 
     def _iterate(self) -> None:
         begun, spent = time.perf_counter(), copy.deepcopy(self.budget)
-        rollout = self._collect(spent)
+        with self.checkpoints.iteration(spent):
+            rollout = self.collector.collect(self.iteration, self.budget)
+            self.checkpoints.changing = True
+            metrics = self._update(rollout, spent)
+            seconds = time.perf_counter() - begun
+            self.budget.seconds += seconds
+            log = self._log(rollout, metrics, seconds)
+        if self.iteration % self.config.training.checkpoint_every == 0:
+            self.save()
+        self.on_iteration(log)
+
+    def _update(self, rollout: Rollout, spent: Budget) -> dict[str, float]:
+        """Prepare and update, and all that ends an iteration; spent: the budget before it."""
         with self.budget.timed("prepare", self.policy.device):
             batch = self.algorithm.prepare(rollout)
         with self.budget.timed("update", self.policy.device):
@@ -132,9 +149,7 @@ class Trainer:
                 metrics |= self.probe(self.iteration) | self.observe(rollout)
         self._count(spent, len(rollout))
         check_equal(self.processes, [*self.updater.parameters, *self.updater.auxiliary_parameters], self.iteration)
-        seconds = time.perf_counter() - begun
-        self.budget.seconds += seconds
-        self._log(rollout, metrics, seconds)
+        return metrics
 
     def _count(self, before: Budget, images: int) -> None:
         """Set what all processes together have spent, from what it was before an iteration of so many images."""
@@ -148,15 +163,7 @@ class Trainer:
         self.budget.evaluations = {purpose: n for purpose, n in totals.items() if n}
         self.policy.evaluations.counts = dict(self.budget.evaluations)
 
-    def _collect(self, before: Budget) -> Rollout:
-        try:
-            return self.collector.collect(self.iteration, self.budget)
-        except RunError:
-            self.budget = before  # the iteration begins anew when the run is resumed
-            self.save()  # nothing was updated since the last iteration
-            raise
-
-    def _log(self, rollout: Rollout, metrics: dict[str, float], seconds: float) -> None:
+    def _log(self, rollout: Rollout, metrics: dict[str, float], seconds: float) -> IterationLog:
         log = IterationLog(
             iteration=self.iteration,
             images=self.budget.images,
@@ -166,11 +173,8 @@ class Trainer:
             seconds=seconds,
         )
         if self.processes.is_main:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(log)) + "\n")
-        if self.iteration % self.config.training.checkpoint_every == 0:
-            self.save()
-        self.on_iteration(log)
+            append_line(self.folder / METRICS, json.dumps(asdict(log)))
+        return log
 
     def _part_means(self, rollout: Rollout) -> dict[str, float]:
         """The mean raw score of each reward in a sum; a plain reward has its own field in the log."""
@@ -194,12 +198,15 @@ class Trainer:
             self.policy.release_text_encoders()
 
     def save(self) -> None:
-        """Write everything that resuming needs; the previous checkpoint stays until the new one is complete."""
-        save_checkpoint(self)
+        """Write everything that going on needs; the previous checkpoint stays until the new one is complete."""
+        self.checkpoints.write()
 
     def resume(self) -> bool:
-        """Continue from the folder's checkpoint, if it has one; log lines after it are dropped."""
-        found = restore_checkpoint(self)
+        """Go on from the folder's newest checkpoint that is whole, if it has one; log and points after it are dropped.
+
+        Raises UsageError for a checkpoint of another run, RunError when all are damaged.
+        """
+        found = self.checkpoints.restore()
         if found and self.points is not None:
             self.points.resume(self.iteration)
         return found

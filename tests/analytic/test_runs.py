@@ -96,7 +96,7 @@ def test_a_reward_of_the_wrong_kind_is_refused_in_one_line(
     arguments: list[str],
     complaint: str,
 ):
-    monkeypatch.setattr("flowbench.experiments.run.prepare_folder", lambda *_: pytest.fail("something was begun"))
+    monkeypatch.setattr("flowbench.experiments.run.occupied", lambda *_: pytest.fail("something was begun"))
     assert flowbench_main("run", "acflow", *arguments, "--output", tmp_path) == 2
     error = capsys.readouterr().err
     assert complaint in error

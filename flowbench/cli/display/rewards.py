@@ -81,7 +81,7 @@ def removed(overlays: Sequence[Overlay]) -> None:
 
 def parity(findings: Sequence[Finding], output: Path | None) -> None:
     """Differences, limits and what the controls changed; to a Markdown file if one is named."""
-    from flowbench.record import write_atomically
+    from flowbench.files import write_atomically
     from flowbench.services.parity import to_markdown
 
     if output:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flowbench.experiments.comparison import Comparison
     from flowbench.experiments.suite import Cell
 
-STATES = ("done", "begun", "failed", "missing")
+STATES = ("done", "running", "interrupted", "failed", "missing")
 
 
 def plan(cells: Sequence[Cell]) -> None:
@@ -43,7 +43,7 @@ def show(cells: Sequence[Cell], command: str) -> None:
             view.add_column(heading, justify="right", no_wrap=True)
         for cell in group:
             counts = cell.counts()
-            numbers = ["n/a", *[""] * 4] if cell.not_applicable else [len(cell.jobs), *counts.values()]
+            numbers = ["n/a", *[""] * len(STATES)] if cell.not_applicable else [len(cell.jobs), *counts.values()]
             view.add_row(escape(cell.algorithm), *(str(n or "-") if n != "" else "" for n in numbers))
             total.update(counts)
         console.print(view)
@@ -51,7 +51,7 @@ def show(cells: Sequence[Cell], command: str) -> None:
     for line in (line for cell in cells for line in cell.failures()):
         console.print(f"[red]failed[/]: {escape(line)}", soft_wrap=True, highlight=False)
     console.print(", ".join(f"{n} {state}" for state, n in total.items()), highlight=False)
-    if total["begun"] or total["missing"]:
+    if total["interrupted"] or total["missing"]:
         console.print(f"for the rest: {escape(command)}", soft_wrap=True, highlight=False)
     if total["failed"]:
         console.print(f"to make failed ones again: {escape(command)} --retry-failed", soft_wrap=True, highlight=False)

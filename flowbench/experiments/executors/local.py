@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,8 @@ class LocalExecutor:
                 for _, job in busy.values():
                     running(job)
         finally:
+            for slot, _ in busy.values():
+                slot.interrupt()
             for slot in slots:
                 slot.pool.shutdown(cancel_futures=True)
 
@@ -78,18 +82,25 @@ class _Slot:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.pool = self._start()
+        self.pool, self.process = self._start()
 
-    def _start(self) -> ProcessPoolExecutor:
+    def _start(self) -> tuple[ProcessPoolExecutor, Future[int]]:
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, spawn, initializer=begin, initargs=(self.place,))
+        pool = ProcessPoolExecutor(1, spawn, initializer=begin, initargs=(self.place,))
+        return pool, pool.submit(os.getpid)
+
+    def interrupt(self) -> None:
+        """Have the process end its run after this iteration, with everything saved; one that evaluates ends at once."""
+        if self.process.done() and self.process.exception() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.result(), signal.SIGTERM)
 
     def submit(self, job: Job, plugins: Sequence[Path]) -> Future[str | None]:
         try:
             return self.pool.submit(make, job, plugins)
         except BrokenProcessPool:
             self.pool.shutdown()
-            self.pool = self._start()
+            self.pool, self.process = self._start()
             return self.pool.submit(make, job, plugins)
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from flowbench.experiments.tuning.journal import Attempt, Trial
-from flowbench.record import write_atomically
+from flowbench.files import write_atomically
 from flowbench.reporting.escape import csv as csv_text
 from flowbench.workloads import Workload
 

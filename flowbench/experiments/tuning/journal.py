@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from flowbench.errors import UsageError
 from flowbench.experiments.tuning.plan import QMC, SamplerName
 from flowbench.experiments.tuning.selection import Candidate, DevResult
 from flowbench.experiments.tuning.space import SearchSpace, distribution
+from flowbench.files import write_atomically
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -95,15 +95,22 @@ class Journal:
         if len(self.study.trials) >= count:
             return
         space = {key: distribution(dimension) for key, dimension in self.space.dimensions.items()}
-        draft = self.path.with_suffix(".tmp") if self.path else None
-        if self.path and draft:
-            shutil.copyfile(self.path, draft)
-            self.study = _open(draft, self.study.study_name)
-        for number in range(len(self.study.trials), count):
-            self.study.sampler = self._make_sampler(number)
-            self.study.ask(fixed_distributions=space)
-        if self.path and draft:
-            os.replace(draft, self.path)
+
+        def ask() -> None:
+            for number in range(len(self.study.trials), count):
+                self.study.sampler = self._make_sampler(number)
+                self.study.ask(fixed_distributions=space)
+
+        def draft(place: Path) -> None:
+            if self.path:
+                shutil.copyfile(self.path, place)
+            self.study = _open(place, self.study.study_name)
+            ask()
+
+        if self.path is None:
+            ask()
+        else:
+            write_atomically(self.path, draft)
             self.study = _open(self.path, self.study.study_name)
 
     def trials(self, count: int | None = None) -> list[Trial]:

@@ -18,11 +18,13 @@ from flowbench.experiments.tuning.journal import LOG, Attempt, Journal, Trial
 from flowbench.experiments.tuning.plan import SearchPlan
 from flowbench.experiments.tuning.selection import KEPT, Candidate, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
+from flowbench.files import write_atomically
 from flowbench.models.presets import AnalyticPreset, load_preset
 from flowbench.prompts.sets import available_splits
-from flowbench.record import code_commit, package_versions, write_atomically
+from flowbench.record import code_commit, package_versions
 from flowbench.registry import algorithms
 from flowbench.reporting.search import SearchPicture, draw_search
+from flowbench.reporting.style import drawing
 from flowbench.workloads import Workload
 
 PICTURE = "search"  # its stem
@@ -174,7 +176,8 @@ class Search:
             text = trials_csv(trials, result.selected, self.finalists())
             write_atomically(self.folder / TRIALS, text)
             result.save(self.folder / CHOSEN)
-            draw_search(self.folder / PICTURE, self._picture(trials, result))
+            with drawing(f"of the search in '{self.folder}'"):
+                draw_search(self.folder / PICTURE, self._picture(trials, result))
         return result
 
     def _picture(self, trials: Sequence[Trial], result: Chosen) -> SearchPicture:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from flowbench.experiments.tuning.files import CHOSEN, STUDIES, Chosen, Studies,
 from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.experiments.tuning.plan import QMC, SearchPlan
 from flowbench.experiments.tuning.search import Places, Request, Search, attempt_of, check_dev, study_folder
+from flowbench.locks import locked
 
 Runner: TypeAlias = Callable[[Sequence[Job], StudyListener], Sequence[Outcome]]
 
@@ -44,22 +45,32 @@ def tune(
 
     workers, executor: as `run_jobs` has them; run: makes runs in its place. Trials that are in a log already are not
     repeated, failed ones neither.
-    Raises UsageError before anything runs; RunInterruptedError on Ctrl-C, and then the same call continues.
+    Raises UsageError before anything runs; BusyError when another process is at the same search; RunInterruptedError on
+    Ctrl-C, and then the same call continues.
     """
     if len(set(names)) < len(names):
         raise UsageError("an algorithm is named twice; name each once")
     check_dev(plan.workload)
     make: Runner = run or (lambda jobs, told: run_jobs(jobs, told, workers, places.plugins, executor=executor))
-    searches = [Search(name, plan, study, places) for name in names for study in range(plan.studies)]
-    stage = _Stage(make, listener, len(names) * plan.runs)
-    # Without results every proposal is known at once; with them they come in turns.
-    step = plan.trials if plan.sampler == QMC else workers
-    for count in range(step, plan.trials + step, step):
-        stage.carry_out([request for search in searches for request in search.first_runs(count)])
-    stage.carry_out([request for search in searches for request in search.further_runs()])
-    found = [StudyResult(s.write(), tuple(s.trials()), s.finalists(), s.folder) for s in searches]
-    if plan.studies > 1:
-        _write_studies(names, plan, places, found)
+    nowhere = replace(places, logs=None)
+    for name in names:  # what cannot be searched is answered before anything is written
+        Search(name, plan, 0, nowhere)
+    with ExitStack() as held:
+        logs = places.logs
+        for folder in (
+            [study_folder(logs, name, plan, k) for name in names for k in range(plan.studies)] if logs else ()
+        ):
+            held.enter_context(locked(folder, f"the search in '{folder}'"))
+        searches = [Search(name, plan, study, places) for name in names for study in range(plan.studies)]
+        stage = _Stage(make, listener, len(names) * plan.runs)
+        # Without results every proposal is known at once; with them they come in turns.
+        step = plan.trials if plan.sampler == QMC else workers
+        for count in range(step, plan.trials + step, step):
+            stage.carry_out([request for search in searches for request in search.first_runs(count)])
+        stage.carry_out([request for search in searches for request in search.further_runs()])
+        found = [StudyResult(s.write(), tuple(s.trials()), s.finalists(), s.folder) for s in searches]
+        if plan.studies > 1:
+            _write_studies(names, plan, places, found)
     return found
 
 

@@ -10,6 +10,7 @@ from numpy.polynomial.legendre import leg2poly
 from safetensors.torch import save_file
 from torch import nn
 
+from flowbench.files import write_atomically
 from flowbench.testbeds.plane.density import Density, Gaussian, GaussianMixture
 
 TEXT_WIDTH = 4  # of the text embedding, which is zero: prompts say nothing about points
@@ -107,5 +108,5 @@ class VelocityField(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the correction's weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.correction.state_dict(), folder / "correction.safetensors")
+        weights = self.correction.state_dict()
+        write_atomically(folder / "correction.safetensors", lambda place: save_file(weights, place))

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowbench.record import write_atomically
+from flowbench.files import write_atomically
 from flowbench.reporting.page.data import Facts, PageData
 
 ASSETS = Path(__file__).parent / "assets"

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from flowbench.caches import home
 from flowbench.errors import RunError
+from flowbench.files import write_atomically
+from flowbench.locks import locked
 
 MARKER, LOG, LINK = "flowbench.json", "install.log", "flowbench_main.pth"
 SHARED = ("torch", "torchvision", "torchaudio")  # compiled for each other; an overlay must not bring its own
@@ -96,21 +98,26 @@ class Environment:
     def install(self, reward: str, progress: Progress = lambda note: None) -> None:
         """Create it, or complete an interrupted attempt: pip keeps what it has downloaded.
 
-        Raises RunError, with pip's own last word and the log, when pip fails.
+        Raises RunError, with pip's own last word and the log, when pip fails; BusyError while another process does it.
         """
+        with locked(self.folder, f"the environment of reward '{reward}'", beside=True):
+            self._install(reward, progress)
+
+    def _install(self, reward: str, progress: Progress) -> None:
         (self.folder / MARKER).unlink(missing_ok=True)
         progress("creating the environment")
         self._create()
         progress("resolving requirements")
         self._pip(reward, progress)
         content = {"requirements": self.requirements, "over": sys.prefix, "packages": self.versions()}
-        (self.folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomically(self.folder / MARKER, json.dumps(content, indent=1) + "\n")
 
     def remove(self) -> None:
-        """Delete it from the disk."""
-        # Without its marker first: what an interruption leaves is not taken for an environment.
-        (self.folder / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete it from the disk. Raises BusyError while another process installs it."""
+        with locked(self.folder, f"environment '{self.folder}'", beside=True):
+            # Without its marker first: what an interruption leaves is not taken for an environment.
+            (self.folder / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _packages(self) -> Path:
         return self.folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
@@ -125,11 +132,11 @@ class Environment:
         )
         if made.returncode:
             raise RunError(f"cannot create a virtual environment in {self.folder}: {_last_line(made.stderr)}")
-        (self._packages() / LINK).write_text("\n".join(site_folders()) + "\n", encoding="utf-8")
+        write_atomically(self._packages() / LINK, "\n".join(site_folders()) + "\n")
 
     def _pip(self, reward: str, progress: Progress) -> None:
         constraints = self.folder / "constraints.txt"
-        constraints.write_text("".join(f"{line}\n" for line in self._constraints()), encoding="utf-8")
+        write_atomically(constraints, "".join(f"{line}\n" for line in self._constraints()))
         command = [str(self.python), "-m", "pip", "install", "--no-input", "--no-warn-conflicts"]
         command += ["--disable-pip-version-check", "--constraint", str(constraints), *self.requirements]
         errors = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowbench.caches import home
 from flowbench.errors import UsageError
+from flowbench.locks import locked
 from flowbench.registry import RewardInfo, rewards
 from flowbench.scoring.workers.environment import Environment, State
 
@@ -57,11 +59,18 @@ def remove(names: Iterable[str]) -> list[Overlay]:
 
 
 def remove_all() -> list[Overlay]:
-    """Delete all environments below `home()`, also those over main environments that are gone."""
+    """Delete all environments below `home()`, also those over main environments that are gone.
+
+    Raises BusyError while another process installs one.
+    """
     import shutil
 
-    known = [overlay for overlay in overview() if overlay.state is not State.ABSENT]
-    shutil.rmtree(home() / "environments", ignore_errors=True)
+    known, place = [overlay for overlay in overview() if overlay.state is not State.ABSENT], home() / "environments"
+    with ExitStack() as held:
+        for folder in sorted(place.iterdir()) if place.is_dir() else ():
+            if folder.is_dir():
+                held.enter_context(locked(folder, f"environment '{folder}'", beside=True))
+        shutil.rmtree(place, ignore_errors=True)
     return known
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flowbench.files import write_atomically
 from flowbench.testbeds.shapes.world import CATEGORIES, Caption, all_captions, is_compositional
 
 TRAIN, TEST, COMPOSITIONAL = 60, 24, 24  # prompts per category at most
@@ -43,9 +44,8 @@ def write_splits(folder: Path) -> None:
         left.append([f"{category}\t{c.text}" for c in fresh.values()])
     turns = [line for turn in zip_longest(*left) for line in turn if line is not None][:DEV]
     lines["dev"] = [line for pool in left for line in pool if line in turns]
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in lines.items():
-        (folder / f"{name}.tsv").write_text("\n".join(content) + "\n", encoding="utf-8")
+        write_atomically(folder / f"{name}.tsv", "\n".join(content) + "\n")
 
 
 def _meaning(caption: Caption) -> tuple[object, ...]:
