@@ -98,6 +98,7 @@ def build_policy(
         rollout_dtype=getattr(torch, training.rollout_dtype),
         compile_blocks=training.compile,
     )
+    policy.texts.announce(text for group in texts for text in group)
     if ahead is not None:
         policy.texts.take(ahead)
     return policy
@@ -107,6 +108,7 @@ def base_policy(preset: ModelPreset, device: torch.device, texts: Sequence[Seque
     """The preset's model as it is; `texts` as in `build_policy`."""
     ahead = _encoded(preset, device, texts)
     policy = Policy(load_pipeline(preset, device, "all" if ahead is None else "rest"), preset, device=device)
+    policy.texts.announce(text for group in texts for text in group)
     if ahead is not None:
         policy.texts.take(ahead)
     return policy
@@ -212,7 +214,10 @@ def _execute(
     costs = costs_of(policy, budget, trainer.points, (seconds, evaluations), processes.hardware)
     way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
     outcome = Evaluated(pairs, scores, seconds, evaluations)
-    record = make_record(config, command, reward, judges, [train_prompts, *splits], dev, outcome, budget, costs, way)
+    cut = len(policy.texts.cut)
+    record = make_record(
+        config, command, reward, judges, [train_prompts, *splits], dev, outcome, budget, costs, way, cut
+    )
     if processes.is_main:
         record.save(folder / RECORD)
         draw(folder, pairs, config, way)

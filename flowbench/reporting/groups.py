@@ -21,7 +21,7 @@ class Workload:
     """What the rows of one table have in common; records that differ in any of it are never compared.
 
     name, version, ruleset: those of a suite's workload, "" for runs outside of one; images: the budget; prompts,
-    weights: digests of the prompt files and of the reward's weights.
+    weights: digests of the prompt files, and of the weights of model and reward.
     """
 
     name: str
@@ -140,14 +140,8 @@ def _workload(record: Record) -> Workload:
         images=budget if isinstance(budget, int) else record.budget.images,
         protocol=record.protocol_hash,
         prompts=_digest({name: digest for name, digest in record.prompt_hashes.items() if name in used}),
-        weights=",".join(sorted(_hashes(record.reward_provenance))),
+        weights=record.weights_key,
     )
-
-
-def _hashes(provenance: Mapping[str, Any]) -> set[str]:
-    """The hashes of all weights that a reward names, however deep."""
-    found = {str(value) for name, value in provenance.items() if name == "sha256"}
-    return found.union(*(_hashes(value) for value in provenance.values() if isinstance(value, dict)))
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -1,0 +1,55 @@
+"""SHA-256 of files: to tell a file from another, and one that flowbench ships from a damaged one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+SUMS = "SHA256SUMS"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, computed once while its size and time of change stay as they are.
+
+    The hub's cache names large files by their SHA-256, and links to them; that name is taken at its word.
+    Raises OSError for a file that cannot be read.
+    """
+    target = path.resolve()
+    if path.is_symlink() and _DIGEST.fullmatch(target.name):
+        return target.name
+    state = target.stat()
+    return _sha256(target, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(files: Iterable[Path], folder: Path) -> str:
+    """SHA-256 over the names, relative to a folder, and the contents of files in it, wherever the folder lies.
+
+    Raises OSError for a file that cannot be read.
+    """
+    content = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """The checksums of a file as sha256sum writes it, by the files' names; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    pairs = (line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines() if "  " in line)
+    return {name: digest for digest, name in pairs}
+
+
+def write_sums(path: Path, files: Iterable[Path]) -> None:
+    """Write the checksums of files below the folder of `path`, as sha256sum reads them."""
+    named = sorted((file.relative_to(path.parent).as_posix(), file) for file in files)
+    path.write_text("".join(f"{file_sha256(file)}  {name}\n" for name, file in named), encoding="utf-8")
