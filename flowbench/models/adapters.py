@@ -32,12 +32,13 @@ logger = logging.getLogger("flowbench")
 class Lora:
     """A LoRA of a transformer. tensors: by peft's names, "blocks.0.to_q.lora_A.weight"; settings: of peft's LoraConfig.
 
-    has_alpha: whether the file says its alpha, and so its strength.
+    has_alpha: whether the file says its alpha, and so its strength; declared: whether the settings are its own.
     """
 
     tensors: Mapping[str, torch.Tensor]
     settings: Mapping[str, Any]
     has_alpha: bool
+    declared: bool
 
 
 def lora_file(path: Path) -> Path | None:
@@ -133,7 +134,7 @@ def _paired(named: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Lor
             shapes = f"{tuple(sides['A'].shape)} and {tuple(sides['B'].shape)}"
             raise TensorError(f"has weights of '{layer}' whose shapes do not fit each other, {shapes}")
     if settings is not None:
-        return Lora(tensors, settings, has_alpha=True)
+        return Lora(tensors, settings, has_alpha=True, declared=True)
     ranks = {layer: sides["A"].shape[0] for layer, sides in found.items()}
     strengths = {layer: alphas.get(layer, float(rank)) for layer, rank in ranks.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(strengths.values()).most_common(1)[0][0]
@@ -144,7 +145,7 @@ def _paired(named: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Lor
         "alpha_pattern": {f"^{re.escape(layer)}": a for layer, a in strengths.items() if a != alpha},
         "target_modules": sorted(ranks),
     }
-    return Lora(tensors, own, has_alpha=bool(alphas))
+    return Lora(tensors, own, has_alpha=bool(alphas), declared=False)
 
 
 def _inject(transformer: Any, lora: Lora) -> None:
@@ -158,8 +159,15 @@ def _inject(transformer: Any, lora: Lora) -> None:
     config, layers = LoraConfig(**settings), dict(transformer.named_modules())
     given = {name.rpartition(".lora_")[0] for name in lora.tensors}
     # Of the layers that the settings name, peft would adapt those alone that the file has.
-    wanted = (n for n, m in layers.items() if isinstance(m, torch.nn.Linear) and check_target_module_exists(config, n))
-    check_keys((f"{n}.lora_A.weight" for n in wanted if n not in given), (n for n in given if n not in layers))
+    linear = (n for n, m in layers.items() if isinstance(m, torch.nn.Linear))
+    wanted = {n for n in linear if check_target_module_exists(config, n)} if lora.declared else set()
+    check_keys((f"{n}.lora_A.weight" for n in wanted - given), given - layers.keys())
+    for key, value in lora.tensors.items():
+        layer = layers[key.rpartition(".lora_")[0]]
+        if isinstance(layer, torch.nn.Linear):
+            wide = layer.in_features if ".lora_A." in key else layer.out_features
+            if value.ndim != 2 or value.shape[1 if ".lora_A." in key else 0] != wide:
+                raise TensorError(f"has weight '{key}' of shape {tuple(value.shape)}; the layer is {wide} wide there")
     name = get_adapter_name(transformer)
     level = logging.getLogger("diffusers").level
     logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # it says again what it raises

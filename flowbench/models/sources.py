@@ -54,6 +54,10 @@ def _folder(preset: ModelPreset) -> Path | None:
     if folder.is_dir():
         return folder
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    index = try_to_load_from_cache(preset.source, "model_index.json", revision=preset.revision)
+    try:
+        index = try_to_load_from_cache(preset.source, "model_index.json", revision=preset.revision)
+    except HFValidationError:  # a path that does not exist
+        return None
     return Path(index).parent if isinstance(index, str) else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Encoded: TypeAlias = Path | bytes
 
 # Others are refused: some are read by programs outside, as EPS is, or hold no picture of plain colours.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # 8192 x 8192; a file of a few kilobytes can claim gigabytes
 PLAIN = ("1", "L", "P", "RGB")
 TRANSPARENT = ("LA", "PA", "RGBA", "La", "RGBa")
@@ -39,7 +39,9 @@ def picture_size(source: Encoded, formats: Sequence[str] = FORMATS, most: int = 
     """
     with _opened(source, formats, most) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
+        # Of a TIFF, Pillow's size is that of the turned picture.
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION) in TURNED
+        return (height, width) if turned else (width, height)
 
 
 def read_picture(source: Encoded, formats: Sequence[str] = FORMATS, most: int = MAX_PIXELS) -> np.ndarray:
