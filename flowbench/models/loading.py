@@ -61,7 +61,7 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module
             raise TensorError(f"has {len(mismatched)} weights of another shape, such as '{mismatched[0]}'")
         check_values(module.state_dict())
     except TensorError as error:
-        raise RunError(f"'{folder}' {error}; fetch or write it again") from error
+        raise RunError(f"'{folder}' {error}; is it another model's, or damaged? fetch or write it again") from error
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"'{folder}' does not hold a {kind.__name__}: {brief(error)}") from error
     loaded: torch.nn.Module = module
@@ -76,7 +76,7 @@ def _named(file: Path, check: Any, *arguments: Any) -> None:
     try:
         check(*arguments)
     except TensorError as error:
-        raise RunError(f"'{file}' {error}; fetch or write it again") from error
+        raise RunError(f"'{file}' {error}; is it another model's, or damaged? fetch or write it again") from error
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -38,10 +38,12 @@ class TextCache:
         self._seen.update(new)
         cut = [text for text in new if self.family.cuts(text)]
         if cut and not self.cut:
-            count = f"{len(cut)} prompts are" if len(cut) > 1 else "a prompt is"
+            count, ends = (
+                (f"{len(cut)} prompts are", "their ends are") if len(cut) > 1 else ("a prompt is", "its end is")
+            )
             logger.warning(
-                "%s longer than the %d tokens that the text encoder reads, and its end is cut, such as %r",
-                *(count, self.family.token_limit, cut[0]),
+                "%s longer than the %d tokens that the text encoder reads, and %s cut, such as %r",
+                *(count, self.family.token_limit, ends, cut[0]),
             )
         self.cut.update(cut)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from flowbench.caches import Cache
+
 SUMS = "SHA256SUMS"
+LARGE = 2**28  # bytes
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -28,8 +33,26 @@ def file_sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _sha256(path: Path, size: int, changed: int) -> str:
+    kept = _kept(path, size, changed)
+    if kept is not None and kept.is_file() and _DIGEST.fullmatch(known := kept.read_text(encoding="utf-8")):
+        return known
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if kept is not None:
+        with contextlib.suppress(OSError):  # then it is computed again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            own = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")  # several may compute the same at the same time
+            own.write_text(digest, encoding="utf-8")
+            os.replace(own, kept)
+    return digest
+
+
+def _kept(path: Path, size: int, changed: int) -> Path | None:
+    """Where the hash of a large file is kept between runs: to read tens of gigabytes takes a while."""
+    folder = Cache("sums").folder
+    if folder is None or size < LARGE:
+        return None
+    return folder / hashlib.sha256(json.dumps([str(path), size, changed]).encode()).hexdigest()[:24]
 
 
 def content_sha256(files: Iterable[Path], folder: Path) -> str:

@@ -93,10 +93,10 @@ def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
     if lacking and foreign:
         raise TensorError(
             f"lacks {_weights(lacking)}, such as '{lacking[0]}', and has {len(foreign)} that the model lacks, such as "
-            f"'{foreign[0]}'; is it another model's file, or were they renamed?"
+            f"'{foreign[0]}' (renamed?)"
         )
     if lacking:
-        raise TensorError(f"lacks {_weights(lacking)}, such as '{lacking[0]}'; is it another model's file?")
+        raise TensorError(f"lacks {_weights(lacking)}, such as '{lacking[0]}'")
     if foreign:
         raise TensorError(f"has {_weights(foreign)} that the model lacks, such as '{foreign[0]}'")
 

@@ -206,7 +206,7 @@ def load_strictly(
     try:
         tensors.fill(module, weights, unused)
     except TensorError as error:
-        raise RunError(f"reward '{reward}': '{path}' {error}") from error
+        raise RunError(f"reward '{reward}': '{path}' {error}; is it another model's file?") from error
 
 
 def read_json(reward: str, path: Path) -> dict[str, Any]:
