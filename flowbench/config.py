@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from flowbench.errors import UsageError, did_you_mean
@@ -17,9 +16,10 @@ from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.plugin_sources import is_own, sources
 from flowbench.prompts import choose_prompts
 from flowbench.prompts.needs import check_run
+from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.record import RANDOM
 from flowbench.registry import algorithms, rewards
-from flowbench.requirements import check_domain, check_judges, check_needs, check_warmup, check_window
+from flowbench.requirements import check_domain, check_judges, check_needs, check_resolution, check_warmup, check_window
 from flowbench.sections import EvaluationConfig, Section, TrainingConfig
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
@@ -182,6 +182,7 @@ def resolve_config(
     check_domain(config, preset, combined_info(terms).domain)
     check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
     check_window(config, preset)
+    check_resolution(preset)
     check_warmup(config)
     check_judges(config.evaluation, config.reward)
     _check_kept(config.evaluation, preset)
@@ -259,7 +260,13 @@ def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> A
 
 
 def load_run_config(path: Path) -> tuple[RunConfig, ModelPreset]:
-    """The configuration that a run folder was made with, and its preset: the copy beside it, if there is one."""
-    config = RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """The configuration that a run folder was made with, and its preset: the copy beside it, if there is one.
+
+    Raises UsageError for a file that is no run's configuration.
+    """
+    try:
+        config: RunConfig = _validate(RunConfig, "", read_yaml(path))
+    except (DocumentError, UsageError) as error:
+        raise UsageError(f"'{path}' is no configuration of a run: {error}") from error
     copy = path.with_name(PRESET)
     return config, load_preset(str(copy) if copy.is_file() else config.model)

@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,7 @@ from flowbench.published import is_published, whole
 
 VERSION = 2  # of what a record holds; records without a version are of version 1
 RANDOM = " (random)"  # behind the name of a model whose weights are random: never part of a comparison
+MODEL = "model"  # among the names of a record's weights
 PRESET, OWN = "preset", "flowbench"  # a source that is data and in the settings' hash; the distribution of flowbench
 PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy", "scipy")
 
@@ -112,7 +113,9 @@ class Record(_Part):
     whose base scores are those that an earlier run had kept.
 
     version: 1 for records without one. points: scores on split `dev` during training, the last at the end of the
-    budget; dev_base: the base model's there. sources: of "algorithm", of each reward term and judge by its name, and of
+    budget; dev_base: the base model's there. weights: SHA-256 of the files of "model" and of each reward term by its
+    name, "" for one without files, None where that is not known before loading. cut_prompts: how many different prompts
+    are longer than the text encoders read. sources: of "algorithm", of each reward term and judge by its name, and of
     "preset". status, failure: a run that failed has no scores, and says why in one line. ruleset ("defaults", "tuned",
     "search"), workload, workload_hash: what a suite or a search ran it for. Every field: docs/records.md.
     """
@@ -130,6 +133,8 @@ class Record(_Part):
     config_hash: str
     protocol_hash: str
     prompt_hashes: dict[str, str]
+    weights: dict[str, str | None] = {}
+    cut_prompts: int = 0
     reward_provenance: dict[str, Any]
     judges: dict[str, dict[str, Any]] = {}
     base_cached: tuple[str, ...] = ()
@@ -149,11 +154,24 @@ class Record(_Part):
     workload_hash: str | None = None
 
     @property
+    def weights_key(self) -> str:
+        """What tells the weights of model and rewards from others; "" where a run failed before that was known.
+
+        A reward whose files are not known before it is loaded is known by the hash of what was loaded.
+        """
+        known = {name: digest for name, digest in self.weights.items() if digest}
+        hashes = sorted(_hashes(self.reward_provenance)) if None in self.weights.values() or not self.weights else []
+        if self.status == "failed" and not hashes and None in self.weights.values():
+            return ""
+        return json.dumps([known, hashes], sort_keys=True) if known or hashes else ""
+
+    @property
     def identity(self) -> str:
         """Ten hex digits over what decides a result, seed and machine aside: only records that share it are averaged.
 
-        Algorithm, model, reward, settings, protocol, prompts, and the source of every plug-in that is not flowbench's
-        own; what flowbench itself is, `commit` says. Prompts that only the points are scored on are no part of it.
+        Algorithm, model, reward, the weights of both, settings, protocol, prompts, and the source of every plug-in that
+        is not flowbench's own; what flowbench itself is, `commit` says. Prompts that only the points are scored on are
+        no part of it.
         """
         used = {"train", *self.config.get("evaluation", {}).get("splits", self.prompts)}
         foreign = {name: s.sha256 for name, s in self.sources.items() if name != PRESET and s.distribution != OWN}
@@ -161,12 +179,19 @@ class Record(_Part):
             "what": [self.algorithm, self.model, self.reward, self.config_hash, self.protocol_hash],
             "prompts": {name: digest for name, digest in self.prompt_hashes.items() if name in used},
             "sources": foreign,
+            "weights": self.weights_key,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
     def save(self, path: Path) -> None:
         """Write the record, to a temporary name first."""
         write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+
+def _hashes(provenance: Mapping[str, Any]) -> set[str]:
+    """The hashes of all weights that a reward names, however deep."""
+    found = {str(value) for name, value in provenance.items() if name == "sha256"}
+    return found.union(*(_hashes(value) for value in provenance.values() if isinstance(value, dict)))
 
 
 def load_record(path: Path) -> Record:

@@ -81,6 +81,20 @@ def check_judges(config: EvaluationConfig, reward: str | None) -> None:
             )
 
 
+def check_resolution(preset: ModelPreset) -> None:
+    """Raise UsageError for images whose sides the model cannot make, as far as its files here tell."""
+    if isinstance(preset, AnalyticPreset):
+        return
+    from flowbench.models.families import family_class
+    from flowbench.models.families.base import check_multiple
+    from flowbench.models.families.random_init import known_parts
+
+    parts = known_parts(preset)
+    if parts and "vae" in parts and "transformer" in parts:
+        multiple = family_class(preset.family).multiple(parts["vae"].config, parts["transformer"].config)
+        check_multiple(preset, multiple)
+
+
 def check_window(config: RunConfig, preset: ModelPreset) -> None:
     """Raise UsageError for a window of stochastic steps that the sampler does not have."""
     from flowbench.models.flow import get_sampler

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flowbench.config import SECTIONS
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.prompts import locate
+from flowbench.reading.documents import DocumentError, parse_yaml, read_yaml
 
 
 def full_names(changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,14 +21,17 @@ def full_names(changed: Mapping[str, Any]) -> dict[str, Any]:
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """["training.images=100"] as {"training.images": 100}; values are read as YAML.
 
-    Raises UsageError for text without '='.
+    Raises UsageError for text without '=', or a value that is no YAML.
     """
     values = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text!r} has no '='; write --set training.images=2000")
-        values[key.strip()] = _number(yaml.safe_load(value))
+        try:
+            values[key.strip()] = _number(parse_yaml(value))
+        except DocumentError as error:
+            raise UsageError(f"--set {text!r}: the value {error}") from error
     return values
 
 
@@ -51,9 +53,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"configuration file '{path}' does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"configuration file '{path}' is not YAML: {str(error).splitlines()[0]}") from error
+        content = read_yaml(path) or {}
+    except DocumentError as error:
+        raise UsageError(f"configuration file '{path}' {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"configuration file '{path}' must hold key: value pairs")
     flat: dict[str, Any] = {}

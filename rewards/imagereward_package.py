@@ -15,7 +15,7 @@ from flowbench.errors import RunError
 from flowbench.models.presets import resolve_weights
 from flowbench.reward import Reward, register_reward
 from flowbench.rewards.imagereward import CONFIG, HUB, TOKENIZER, ImageReward
-from flowbench.scoring.checkpoints import find_file, fingerprint, read_json, read_tensors
+from flowbench.scoring.checkpoints import find_file, fingerprint, load_strictly, read_json, read_tensors
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side, normalize, to_pil
 from flowbench.scoring.workers.packages import REQUIREMENTS
 
@@ -125,8 +125,6 @@ def _build(vision: dict[str, Any], text: dict[str, Any], tokenizer: str, device:
 
 def _fill(model: Any, path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Load the weights; only those that no score depends on may be missing."""
-    report = model.load_state_dict(tensors, strict=False)
-    unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-    wrong = [*report.unexpected_keys, *(name for name in report.missing_keys if not name.startswith(unused))]
-    if wrong:
-        raise RunError(f"reward '{NAME}': '{path}' does not fit the package's model, for example '{wrong[0]}'")
+    beginnings = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+    unused = [name for name in model.state_dict() if name.startswith(beginnings)]
+    load_strictly(NAME, path, model, tensors, unused)

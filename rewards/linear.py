@@ -23,6 +23,8 @@ from flowbench.testbeds.plane.density import QuadraticForm
 class Linear(PointReward):
     """r = direction . x + offset, for analytic models; the optimum at beta moves their mean by S direction / beta."""
 
+    pure = True
+
     def __init__(self, direction: list[float], offset: float = 0.0) -> None:
         self.direction, self.offset = direction, offset
 

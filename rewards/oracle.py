@@ -19,6 +19,8 @@ from flowbench.reward import Reward, register_reward
 class Oracle(Reward):
     """Mean of the oracle's soft and exact verdicts; only for prompts of the world of shapes."""
 
+    pure = True
+
     def score(self, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         from flowbench.testbeds.shapes.truth import truth
 

@@ -23,6 +23,8 @@ from flowbench.testbeds.plane.density import QuadraticForm
 class Quadratic(PointReward):
     """r = -(x - target)' precision (x - target) / 2, for analytic models; the optimum also narrows their covariance."""
 
+    pure = True
+
     def __init__(self, target: list[float], precision: list[list[float]]) -> None:
         self.target, self.precision = target, precision
 

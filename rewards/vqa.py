@@ -80,7 +80,7 @@ class Vqa(NetworkReward):
         self.answers = [ids.to(device) for ids in self.answers]
 
     def weights(self) -> tuple[Weights, ...]:
-        return (Weights(self.model_name, ("config.json",)),)
+        return (Weights(self.model_name, ("config.json",), whole=True),)
 
     def provenance(self) -> dict[str, Any]:
         return {"model": self.model_name, "question": self.question, **self.identity()}

@@ -30,9 +30,18 @@ def test_every_weight_must_be_there_with_its_shape_and_no_other(tmp_path: Path):
     own, path = linear(), tmp_path / "x.safetensors"
     tensors = {k: v + 1 for k, v in own.state_dict().items()}
     for wrong, complaint in [
-        ({"weight": tensors["weight"]}, "lacks 1 weights, such as 'bias'"),
-        ({**tensors, "extra": torch.zeros(1)}, "has 1 weights that the model lacks, such as 'extra'"),
-        ({**tensors, "bias": torch.zeros(3)}, r"weight 'bias' has shape \(3,\); the model's is \(2,\)"),
+        ({"weight": tensors["weight"]}, "lacks 1 weight, such as 'bias'"),
+        ({**tensors, "extra": torch.zeros(1)}, "has 1 weight that the model lacks, such as 'extra'"),
+        ({**tensors, "bias": torch.zeros(3)}, r"has weight 'bias' of shape \(3,\); the model's is \(2,\)"),
+        (
+            {**tensors, "bias": torch.full((2,), torch.nan)},
+            "values that are not finite in 1 weight, such as 'bias'",
+        ),
+        ({**tensors, "bias": torch.zeros(2, dtype=torch.int64)}, "has weight 'bias' of type torch.int64"),
+        (
+            {"weigth": tensors["weight"], "bias": tensors["bias"]},
+            ".* 'weight', and has 1 .*'weigth'; .*renamed",
+        ),
     ]:
         before = fingerprint(own)
         with pytest.raises(RunError, match=rf"reward 'r': '.*x.safetensors'.*{complaint}"):

@@ -19,7 +19,8 @@ from flowbench.errors import UsageError
 from flowbench.experiments.reevaluate import evaluate
 from flowbench.experiments.run import execute
 from flowbench.experiments.sampling import sample_side_by_side
-from flowbench.models.presets import load_preset
+from flowbench.models.policy import Policy
+from flowbench.models.presets import FOLDER, load_preset
 from flowbench.prompts import load_split
 from flowbench.record import load_record
 from flowbench.settings import read_config_file
@@ -69,6 +70,47 @@ def test_the_models_own_prompts_by_name_make_no_other_run(preset_file: str):
     assert resolve(preset_file, "shapes") == resolve(preset_file)
     other = resolve(preset_file, "objects")
     assert (other.prompts, other.hash() != resolve(preset_file).hash()) == ("objects", True)
+
+
+def test_splits_that_are_empty_or_the_same_are_refused_before_anything_is_loaded(preset_file: str, tmp_path: Path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.txt").write_text("a red circle\na blue square\n", encoding="utf-8")
+    (folder / "test.txt").write_text("a blue square\na red circle\na red circle\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"splits 'train' and 'test' of prompts '.*set' are the same prompts"):
+        resolve(preset_file, str(folder), evaluation__splits=["test"])
+    (folder / "test.txt").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"test\.txt line 1 holds no prompt"):
+        resolve(preset_file, str(folder), evaluation__splits=["test"])
+    (folder / "test.txt").write_text("a green cross\n", encoding="utf-8")
+    (folder / "dev.txt").write_text("a green cross\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="splits 'test' and 'dev'"):
+        resolve(preset_file, str(folder), evaluation__splits=["test"])
+    with pytest.raises(UsageError, match=r"evaluation\.splits names 'test' twice"):
+        resolve(preset_file, evaluation__splits=["test", "test"])
+
+
+@pytest.mark.parametrize(("resolution", "side"), [(33, "height"), (36, "height"), ([32, 36], "width")])
+def test_a_resolution_that_the_model_cannot_make_is_refused_before_anything_is_loaded(
+    resolution: object, side: str, tmp_path: Path
+):
+    content = yaml.safe_load((FOLDER / "mini-sd3.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({**content, "resolution": resolution}), encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"its resolution's {side} of 3\d is no multiple of 8; use 32 or 40"):
+        resolve(str(tmp_path / "m.yaml"))
+
+
+def test_prompts_that_the_encoder_cuts_are_named_once_and_counted(
+    make_policy: Callable[..., Policy], caplog: pytest.LogCaptureFixture
+):
+    texts, long = make_policy().texts, "a red circle above a blue square and a green cross left of a large yellow"
+    texts.announce(["a red circle", f"{long} triangle", f"{long} square"])
+    texts.encode([f"{long} square", "a blue square", f"{long} cross"])
+    assert texts.cut == {f"{long} {shape}" for shape in ("triangle", "square", "cross")}
+    (said,) = caplog.messages
+    assert said.startswith(
+        "2 prompts are longer than the 16 tokens that the text encoder reads, and their ends are cut"
+    )
 
 
 def test_a_split_that_was_asked_for_and_is_not_there_is_refused(lines: Path, preset_file: str):

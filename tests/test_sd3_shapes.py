@@ -337,7 +337,7 @@ def test_gated_weights_are_one_line_with_the_licences_page_and_what_to_do(
         OSError.__init__(error, f"403 Client Error. Access to model {source} is restricted.\nPlease log in.")
         raise error
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refused)
+    monkeypatch.setattr(DiffusionPipeline, "download", refused)
     command = ["run", "orw-cfm-w2", "--reward", "jpeg", "--model", model, "--device", "cpu", "--output", tmp_path]
     assert flowbench_main(*command) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flowbench import plugin_sources
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import UsageError
 from flowbench.experiments.outcome import failed_record
+from flowbench.models.presets import FOLDER
 from flowbench.plugin_sources import source, sources
+from flowbench.record import Record
 from flowbench.registry import algorithms, load_plugin_file, rewards
+from flowbench.testbeds.shapes.weights import weights_folder
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
@@ -79,6 +84,44 @@ def test_flowbenchs_own_files_are_in_the_record_and_in_no_hash():
     changed = {name: s.model_copy(update={"sha256": "0" * 64}) for name, s in record.sources.items()}
     assert record.model_copy(update={"sources": changed}).identity == record.identity
     assert {"algorithm", "clip", "preset", "imagereward"} <= {*record.sources}
+
+
+def test_other_weights_of_model_or_reward_are_another_result_wherever_they_lie(tmp_path: Path):
+    for name in ("mini-sd3", "mini-clip"):
+        shutil.copytree(weights_folder() / name, tmp_path / name)
+    preset = yaml.safe_load((FOLDER / "mini-sd3.yaml").read_text(encoding="utf-8"))
+    preset |= {"source": "mini-sd3", "rewards": {"clip": {"model": "mini-clip"}}}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
+
+    def failed() -> Record:
+        run = resolve_config("raft", "clip", str(tmp_path / "m.yaml"), overrides={}, device="cpu")
+        return failed_record(run, "", "none")
+
+    before = failed()
+    assert {*before.weights} == {"model", "clip"}
+    assert before.model_copy(update={"status": "finished", "reward_provenance": {"sha256": "x"}}).identity == (
+        before.identity
+    )
+    seen = {before.identity}
+    for file in ("mini-clip/open_clip_model.safetensors", "mini-sd3/vae/diffusion_pytorch_model.safetensors"):
+        with (tmp_path / file).open("r+b") as opened:
+            opened.seek(-1, 2)
+            opened.write(b"\1")
+        changed = failed()
+        assert changed.config_hash == before.config_hash
+        seen.add(changed.identity)
+        assert changed.weights_key != before.weights_key
+    assert len(seen) == 3
+
+
+def test_weights_that_are_known_once_loaded_identify_a_result_by_their_provenance():
+    run = resolve_config("raft", "jpeg", "mini-sd3", overrides={}, device="cpu")
+    record = failed_record(run, "", "none")
+    assert record.weights["jpeg"] == ""
+    behind = record.model_copy(update={"weights": {**record.weights, "jpeg": None}})
+    assert behind.weights_key == ""  # of a run that failed before it was known
+    known = [behind.model_copy(update={"reward_provenance": {"scorer": {"sha256": d}}}) for d in ("a", "b")]
+    assert len({known[0].identity, known[1].identity, record.identity}) == 3
 
 
 def test_a_class_without_a_file_is_known_by_its_methods():

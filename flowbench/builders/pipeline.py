@@ -24,7 +24,7 @@ from flowbench.models.families import load_pipeline
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
-from flowbench.testbeds.shapes.weights import MODELS, weights_folder
+from flowbench.testbeds.shapes.weights import MODELS, weights_folder, write_shipped_sums
 
 
 def build(output: Path | None, work: Path, only: Sequence[str], seed: int, device: str, progress: Progress) -> Path:
@@ -48,8 +48,12 @@ def build(output: Path | None, work: Path, only: Sequence[str], seed: int, devic
         save_pipeline(pipeline, folder / "mini-sd3")
     if set(stages) - {"rewards"}:
         write_cards(folder)
+    if output is None:  # now, because the reward models are built from what was just written
+        write_shipped_sums(folder)
     if "rewards" in stages:
         _build_rewards(folder, work, seed, where, progress)
+        if output is None:
+            write_shipped_sums(folder)
     return folder
 
 

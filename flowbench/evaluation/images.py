@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from flowbench.errors import RunError, UsageError
@@ -17,6 +16,7 @@ from flowbench.evaluation.statistics import mean_ci95
 from flowbench.models.memory import Portion
 from flowbench.prompts import Prompt
 from flowbench.prompts.readers import Row, make_prompt, read_rows
+from flowbench.reading.pictures import PictureError, picture_size, read_picture
 
 TABLES = ("prompts.tsv", "prompts.jsonl", "prompts.csv")
 FILE = "file"  # the column of the image's name
@@ -68,6 +68,8 @@ def read_gallery(folder: Path) -> Gallery:
         entries[file] = prompt
     if not entries:
         raise UsageError(f"'{table}' lists no image")
+    from PIL import Image
+
     unnamed = sorted({f for f in folder.iterdir() if f.suffix.lower() in Image.registered_extensions()} - set(entries))
     if unnamed:
         raise UsageError(
@@ -129,17 +131,15 @@ def _lot(gallery: Gallery, indices: list[int]) -> Lot:
 
 def _size(file: Path) -> tuple[int, int]:
     try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise RunError(f"'{file}' cannot be read as an image: {error}") from error
+        return picture_size(file)
+    except PictureError as error:
+        raise RunError(f"'{file}' {error}") from error
 
 
 def _pixels(file: Path) -> torch.Tensor:
     """(3, H, W) in [0, 1]."""
     try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise RunError(f"'{file}' cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+        pixels = read_picture(file)
+    except PictureError as error:
+        raise RunError(f"'{file}' {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)

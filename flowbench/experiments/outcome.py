@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,16 +13,19 @@ from dataclasses import dataclass
 import torch
 
 from flowbench.config import RunConfig
-from flowbench.errors import UsageError
+from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.pairs import Pair
 from flowbench.evaluation.protocol import Judges, protocol_hash
 from flowbench.models.counting import DEV, EVALUATION
 from flowbench.models.operations import training_flops
 from flowbench.models.policy import Policy
-from flowbench.models.presets import load_preset, preset_names
+from flowbench.models.presets import ModelPreset, load_preset, preset_names
+from flowbench.models.sources import source_sha256
 from flowbench.plugin_sources import sources
 from flowbench.prompts import PromptSplit, load_split
+from flowbench.reading.checksums import file_sha256
 from flowbench.record import (
+    MODEL,
     OWN,
     PRESET,
     VERSION,
@@ -35,6 +39,7 @@ from flowbench.record import (
     package_versions,
 )
 from flowbench.reward import Reward
+from flowbench.scoring.workers.reward import make_reward
 from flowbench.terms import path_name, term_names
 from flowbench.training.budget import Budget
 from flowbench.training.points import Points
@@ -72,10 +77,12 @@ def make_record(
     budget: Budget,
     costs: Costs,
     way: Way = NO_WAY,
+    cut_prompts: int = 0,
 ) -> Record:
     """Everything that the record of a finished run must answer for.
 
-    splits: train's, and then those that were evaluated; dev: the one of the points, if prompts were scored there.
+    splits: train's, and then those that were evaluated; dev: the one of the points, if prompts were scored there;
+    cut_prompts: how many prompts the text encoders did not read to their ends.
     """
     spent = Spent(
         images=budget.images,
@@ -102,6 +109,7 @@ def make_record(
         prompts={split: [p.text for p in pair.base.prompts] for split, pair in evaluated.pairs.items()},
         reward_provenance=reward.provenance(),
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},
+        cut_prompts=cut_prompts,
         base_cached=tuple(split for split, pair in evaluated.pairs.items() if pair.cached),
     )
 
@@ -174,6 +182,7 @@ def _record(
         "dev_base": dict(way.base),
         "costs": costs,
         "sources": sources_of(config),
+        "weights": weights_of(config),
     }
     return Record.model_validate(content)
 
@@ -190,6 +199,29 @@ def sources_of(config: RunConfig) -> dict[str, Source]:
     own = OWN if config.model in preset_names() else None
     found = {path_name(name): source for name, source in sources(config.algorithm, names).items()}
     return {**found, PRESET: Source(distribution=own, sha256=content)}
+
+
+def weights_of(config: RunConfig) -> dict[str, str | None]:
+    """SHA-256 of the files of "model", and of each reward term by its name, without loading any.
+
+    "" for what has no files, None for what is not known before it is loaded, or is not on this machine.
+    """
+    preset = load_preset(config.model)
+    found = {path_name(name): _reward_weights(name, preset) for name in term_names(config.reward)}
+    return {**found, MODEL: source_sha256(preset)}
+
+
+def _reward_weights(name: str, preset: ModelPreset) -> str | None:
+    try:
+        reward = make_reward(name, preset.rewards.get(name, {}))
+        wanted = reward.weights()
+        files = [weights.files() for weights in wanted]
+        digests = [{file.name: file_sha256(file) for file in found} for found in files]
+    except (UsageError, RunError, TypeError, OSError):  # what a run may have failed of
+        return None
+    if not wanted:
+        return "" if type(reward).pure else None
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if all(files) else None
 
 
 def costs_of(

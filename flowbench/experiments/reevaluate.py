@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, TypeAlias
 
 import torch
@@ -24,17 +23,18 @@ from flowbench.experiments.inputs import kept_split
 from flowbench.experiments.kept import make_album, save_table
 from flowbench.experiments.run import CONFIG, RECORD, base_policy, load_tuned
 from flowbench.files import write_atomically
+from flowbench.models.adapters import load_lora, lora_file
 from flowbench.models.devices import pick_device
+from flowbench.models.loading import load_network
 from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import ALONE
 from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
 from flowbench.prompts.needs import check_needs
+from flowbench.reading.tensors import TensorError, fill
 from flowbench.record import Score, load_record
 from flowbench.registry import rewards
 from flowbench.terms import plain_metric, term_names
-
-LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
 
 Progress = Callable[[int, int], None]  # images done, of all images
 
@@ -246,7 +246,7 @@ Loader: TypeAlias = Callable[[Path, ModelPreset, Make], tuple[Policy, Policy]]
 
 
 def _loader(path: Path) -> Loader | None:
-    if (path.is_file() and path.suffix == ".safetensors") or (path / LORA).is_file():
+    if lora_file(path) is not None:
         return _load_lora
     if (path / "model_index.json").is_file():
         return _load_pipelines
@@ -257,22 +257,10 @@ def _loader(path: Path) -> Loader | None:
 
 def _load_lora(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Policy]:
     """A policy whose current weights are the base with the LoRA, and whose reference is the base."""
-    from safetensors import SafetensorError, safe_open
-
-    file = path if path.is_file() else path / LORA
+    file = lora_file(path)
+    assert file is not None
     policy = make(preset)
-    try:
-        with safe_open(str(file), framework="pt") as content:
-            foreign = [key for key in content.keys() if key.startswith("text_encoder")]  # noqa: SIM118
-        if foreign:
-            raise RunError(
-                f"LoRA '{file}' also changes the text encoders ({foreign[0]}); only the transformer is scored"
-            )
-        policy.pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RunError(f"LoRA '{file}' does not fit model '{preset.name}': {_brief(error)}") from error
-    if not any("lora_" in name for name, _ in policy.transformer.named_parameters()):
-        raise RunError(f"LoRA '{file}' has no weights for the transformer of model '{preset.name}'")
+    load_lora(policy.pipeline, file, preset.name)
     return policy, policy
 
 
@@ -281,11 +269,10 @@ def _load_transformer(path: Path, preset: ModelPreset, make: Make) -> tuple[Poli
     folder = path if (path / "config.json").is_file() else path / "transformer"
     policy = make(preset)
     try:
-        kind = type(policy.transformer)
-        other = kind.from_pretrained(folder, torch_dtype=policy.model_dtype, use_safetensors=True)
-        policy.transformer.load_state_dict(other.state_dict())
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise RunError(f"'{folder}' is no transformer of model '{preset.name}': {_brief(error)}") from error
+        other = load_network(type(policy.transformer), folder, policy.model_dtype)
+        fill(policy.transformer, other.state_dict())
+    except (TensorError, RunError) as error:
+        raise RunError(f"'{folder}' is no transformer of model '{preset.name}': {error}") from error
     return policy, policy
 
 
@@ -293,7 +280,3 @@ def _load_pipelines(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy
     """Two policies: the base, and the folder as a whole, whose text encoders and VAE may differ too."""
     other = preset.model_copy(update={"source": str(path.resolve()), "revision": None})
     return make(preset), make(other)
-
-
-def _brief(error: Exception) -> str:
-    return shorten(str(error), 140, placeholder=" ...")

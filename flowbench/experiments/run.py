@@ -93,6 +93,7 @@ def build_policy(
         rollout_dtype=getattr(torch, training.rollout_dtype),
         compile_blocks=training.compile,
     )
+    policy.texts.announce(text for group in texts for text in group)
     if ahead is not None:
         policy.texts.take(ahead)
     return policy
@@ -102,6 +103,7 @@ def base_policy(preset: ModelPreset, device: torch.device, texts: Sequence[Seque
     """The preset's model as it is; `texts` as in `build_policy`."""
     ahead = _encoded(preset, device, texts)
     policy = Policy(load_pipeline(preset, device, "all" if ahead is None else "rest"), preset, device=device)
+    policy.texts.announce(text for group in texts for text in group)
     if ahead is not None:
         policy.texts.take(ahead)
     return policy
@@ -220,7 +222,8 @@ def _execute(request: _Request, listener: Listener, processes: Processes, held: 
         way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
         outcome = Evaluated(pairs, scores, seconds, evaluations)
         used = [train_prompts, *splits]
-        record = make_record(config, request.command, reward, judges, used, dev, outcome, budget, costs, way)
+        cut = len(policy.texts.cut)
+        record = make_record(config, request.command, reward, judges, used, dev, outcome, budget, costs, way, cut)
         if processes.is_main:
             record.save(folder / RECORD)
             write_atomically(folder / DONE, "")

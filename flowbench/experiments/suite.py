@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flowbench.config import SECTIONS
 from flowbench.errors import NotApplicableError, UsageError, did_you_mean
 from flowbench.experiments.jobs import Job, Stamp, State, kept_failure, make_job, with_seeds
+from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.registry import algorithms
 from flowbench.sections import EvaluationConfig, TrainingConfig
 from flowbench.workloads import Workload, first_fault, load_workload
@@ -136,9 +136,9 @@ def load_suite(name: str) -> Loaded:
     if own and name not in suite_names():
         raise UsageError(f"unknown suite '{name}'{did_you_mean(name, suite_names())}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         suite = Suite.model_validate({"name": path.stem, **content})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValidationError) as error:
+    except (DocumentError, TypeError, ValidationError) as error:
         raise UsageError(f"suite file '{path}' is not a suite: {first_fault(error)}") from error
     named = dict.fromkeys(name for part in suite.runs for name in part.workloads)
     workloads = {name: load_workload(name, path.parent) for name in named}

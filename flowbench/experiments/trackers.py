@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVarTuple
 
 import numpy as np
-from PIL import Image
 
 from flowbench.config import RunConfig
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.experiments.run import Listener
 from flowbench.files import write_atomically
 from flowbench.models.presets import load_preset
+from flowbench.reading.pictures import read_pixels
 from flowbench.record import Record
 from flowbench.terms import path_name
 from flowbench.training.trainer import IterationLog
@@ -110,7 +110,7 @@ class Tracking:
             for which, value in (("base", score.base), ("tuned", score.tuned), ("change", score.change))
         }
         self._tell(lambda name, tracker: tracker.log(values, step=self.step))
-        grids = {f"samples/{path.stem}": _pixels(path) for path in sorted((folder / "samples").glob("*.png"))}
+        grids = {f"samples/{path.stem}": read_pixels(path) for path in sorted((folder / "samples").glob("*.png"))}
         if grids:
             self._tell(lambda name, tracker: show(name, tracker, grids, self.step))
 
@@ -192,11 +192,6 @@ def show(name: str, tracker: Any, pictures: dict[str, np.ndarray], step: int) ->
         tracker.log_images(pictures, step=step)
     elif hasattr(tracker, "log_images"):
         tracker.log_images({title: [picture] for title, picture in pictures.items()}, step=step)
-
-
-def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 def _both(first: Callable[[*Arguments], None], second: Callable[[*Arguments], None]) -> Callable[[*Arguments], None]:

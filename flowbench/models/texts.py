@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,11 +29,29 @@ class TextCache:
         self._place: dict[str, int] = {}
         self._kept: list[NamedTensors] = []
         self._negative: NamedTensors | None = None
+        self._seen: set[str] = set()
+        self.cut: set[str] = set()  # texts of which the end is not read
+
+    def announce(self, texts: Iterable[str]) -> None:
+        """Take note of texts that will be asked for: how many are longer than is read is said once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._seen]
+        self._seen.update(new)
+        cut = [text for text in new if self.family.cuts(text)]
+        if cut and not self.cut:
+            count, ends = (
+                (f"{len(cut)} prompts are", "their ends are") if len(cut) > 1 else ("a prompt is", "its end is")
+            )
+            logger.warning(
+                "%s longer than the %d tokens that the text encoder reads, and %s cut, such as %r",
+                *(count, self.family.token_limit, ends, cut[0]),
+            )
+        self.cut.update(cut)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of these prompts, with one embedding per different text."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._place]
+        self.announce(new)
         for start in range(0, len(new), ENCODED_AT_A_TIME):
             part = new[start : start + ENCODED_AT_A_TIME]
             for text, encoded in zip(part, self._encode(part), strict=True):

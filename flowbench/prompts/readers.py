@@ -16,6 +16,7 @@ from typing import Any
 
 from flowbench.errors import UsageError
 from flowbench.prompts.prompt import Prompt
+from flowbench.reading.texts import TextError, lines, read_text
 
 PROMPT = ("prompt", "prompts", "caption", "text")  # names of the prompt's column; the first that is there is it
 CATEGORY = ("category", "tag")
@@ -119,28 +120,18 @@ def _reference(row: Row, key: str | None, folder: Path) -> Path | None:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"prompt file '{path}' cannot be read: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path} line {line} is not UTF-8 text: {error.reason}") from error
-
-
-def _split(text: str) -> list[str]:
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in (lines[:-1] if not lines[-1] else lines)]
+        return read_text(path)
+    except TextError as error:
+        raise UsageError(f"prompt file '{path}' {error}") from error
 
 
 def _lines(text: str, path: Path, plain: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(_split(text), start=1):
+    for number, line in enumerate(lines(text), start=1):
         yield Row(f"{path} line {number}", {"prompt": line})
 
 
 def _json_lines(text: str, path: Path, plain: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(_split(text), start=1):
+    for number, line in enumerate(lines(text), start=1):
         if not line.strip():
             continue
         place = f"{path} line {number}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from flowbench.prompts.readers import EXPECTED, read_prompts
 logger = logging.getLogger("flowbench")
 
 FOLDER = Path(__file__).parent
-TRAIN, TEST = "train", "test"
+TRAIN, TEST, DEV = "train", "test", "dev"
 TEST_SHARE = 5  # one prompt in so many of a single file is a test prompt
 TEST_LEAST = 2
 
@@ -164,15 +165,32 @@ def choose_prompts(given: str | None, own: str, wanted: tuple[str, ...], explici
     """The prompts of a run: the given set in place of the model's own, evaluated on the wanted splits.
 
     Splits that the given set lacks are left out with a word, unless they were asked for explicitly.
-    Raises UsageError for an unknown set or split, or a file that cannot be read.
+    Raises UsageError for an unknown set or split, a split named twice, a file that cannot be read, or splits that are
+    the same.
     """
+    twice = next((name for k, name in enumerate(wanted) if name in wanted[:k]), None)
+    if twice is not None:
+        raise UsageError(f"evaluation.splits names '{twice}' twice; name it once")
     other = None if given is None or (located := locate(given)) == own else located
     evaluated = wanted if other is None or explicit else present_splits(other, wanted)
     prompt_set = other or own
     if other is None and prompt_set in prompt_sets():
         return PromptChoice(None, evaluated, None)
     loaded = [load_split(prompt_set, name) for name in (TRAIN, *evaluated)]
+    aside = [load_split(prompt_set, DEV)] if DEV in available_splits(prompt_set) else []
+    check_distinct(prompt_set, [*loaded, *aside])
     return PromptChoice(other, evaluated, content_hash(loaded))
+
+
+def check_distinct(prompt_set: str, loaded: Sequence[PromptSplit]) -> None:
+    """Raise UsageError for two splits with the same prompts: one would say nothing that the other does not."""
+    by_name = {split.name: frozenset(p.text for p in split.prompts) for split in loaded}
+    for one, other in itertools.combinations(by_name, 2):
+        if by_name[one] == by_name[other]:
+            raise UsageError(
+                f"splits '{one}' and '{other}' of prompts '{prompt_set}' are the same prompts; change one of them, or "
+                f"leave it out with --set evaluation.splits=[...]"
+            )
 
 
 def content_hash(loaded: Iterable[PromptSplit]) -> str:

@@ -21,7 +21,7 @@ class Workload:
     """What the rows of one table have in common; records that differ in any of it are never compared.
 
     name, version, ruleset: those of a suite's workload, "" for runs outside of one; images: the budget; prompts,
-    weights: digests of the prompt files and of the reward's weights.
+    weights: digests of the prompt files, and of the weights of model and reward.
     """
 
     name: str
@@ -140,7 +140,7 @@ def _workload(record: Record) -> Workload:
         images=budget if isinstance(budget, int) else record.budget.images,
         protocol=record.protocol_hash,
         prompts=_digest({name: digest for name, digest in record.prompt_hashes.items() if name in used}),
-        weights=",".join(sorted(weight_hashes(record.reward_provenance))),
+        weights=record.weights_key,
     )
 
 

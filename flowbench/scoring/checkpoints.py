@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flowbench.errors import RunError
+from flowbench.errors import RunError, UsageError
 from flowbench.files import write_atomically
+from flowbench.models.loading import brief
 from flowbench.models.presets import EMBEDDED, resolve_weights
+from flowbench.reading import tensors
+from flowbench.reading.tensors import TensorError
+from flowbench.testbeds.shapes.weights import check_shipped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,12 +78,28 @@ def find_file(reward: str, source: str, name: str, pickle: str | None = None, or
 
 @dataclass(frozen=True)
 class Weights:
-    """What a reward reads: any one of the files `names` of a source; `pickle` and `origin` as in `find_file`."""
+    """What a reward reads: any one of the files `names` of a source; `pickle` and `origin` as in `find_file`.
+
+    whole: whether all weights and settings beside that file are read with it.
+    """
 
     source: str
     names: tuple[str, ...]
     pickle: str | None = None
     origin: str | None = None
+    whole: bool = False
+
+    def files(self) -> list[Path]:
+        """Those of the files that are on this machine; none if they are not, or random weights stand for them."""
+        place = Path(resolve_weights(self.source))
+        if are_random():
+            return []
+        if place.is_file():
+            return [place]
+        found = next(filter(None, (_locate(place, self.source, name) for name in self.names)), None)
+        if found is None or not self.whole:
+            return [] if found is None else [found]
+        return sorted(file for file in found.parent.iterdir() if file.suffix in (".safetensors", ".json", ".txt"))
 
     def missing(self) -> str | None:
         """What to do, if none of the files is on this machine; None if one is."""
@@ -127,19 +146,18 @@ def _pickled(reward: str, path: Path) -> str:
 def read_tensors(reward: str, path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file.
 
-    Raises RunError, with the remedy, for a file in another format (a pickle can run code when it is loaded), or broken.
+    Raises RunError, with the remedy, for a file in another format (a pickle can run code when it is loaded), broken, or
+    with values that weights do not have.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if are_random():
         return {}
     if path.name.endswith(PICKLES):
         raise RunError(_pickled(reward, path))
+    check_shipped(path)
     try:
-        return load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"reward '{reward}': '{path}' is no safetensors file: {brief(error)}; fetch it again") from error
+        return tensors.read_tensors(path)
+    except TensorError as error:
+        raise RunError(f"reward '{reward}': '{path}' {error}; fetch it again") from error
 
 
 def load_pretrained(reward: str, kind: Any, source: str) -> Any:
@@ -155,6 +173,7 @@ def load_pretrained(reward: str, kind: Any, source: str) -> Any:
 
         return random_pretrained(reward, kind, source)
     place = resolve_weights(source)
+    check_shipped(Path(place))
     is_model = hasattr(kind, "base_model_prefix") or kind.__name__.startswith("AutoModel")
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
@@ -164,32 +183,31 @@ def load_pretrained(reward: str, kind: Any, source: str) -> Any:
     if not is_model:
         return loaded
     model, info = loaded
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if names := sorted(map(str, info[what])):
-            raise RunError(f"reward '{reward}': '{source}' has {what.replace('_keys', '')} weights, such as {names[0]}")
+    try:
+        for file in sorted(Path(place).glob("*.safetensors")):
+            tensors.check_dtypes(file)
+        tensors.check_keys(info["missing_keys"], info["unexpected_keys"])
+        if names := sorted(map(str, info["mismatched_keys"])):
+            raise TensorError(f"has {len(names)} weights of another shape, such as {names[0]}")
+        tensors.check_values(model.state_dict())
+    except TensorError as error:
+        raise RunError(f"reward '{reward}': '{source}' {error}; fetch it again") from error
     return model.eval().requires_grad_(False)
 
 
-def load_strictly(reward: str, path: Path, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill a module; every weight must be in `tensors` with its shape, and nothing else may be.
+def load_strictly(
+    reward: str, path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor], unused: Collection[str] = ()
+) -> None:
+    """Fill a module; every weight must be in `weights` with its shape, but those `unused`, and nothing else may be.
 
     Raises RunError that names the first deviation.
     """
     if are_random():
         return
-    own = module.state_dict()
-    where = f"reward '{reward}': '{path}'"
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing:
-        raise RunError(f"{where} lacks {len(missing)} weights, such as '{missing[0]}'; is it another model's file?")
-    if foreign:
-        raise RunError(f"{where} has {len(foreign)} weights that the model lacks, such as '{foreign[0]}'")
-    for name, value in tensors.items():
-        if value.shape != own[name].shape:
-            raise RunError(
-                f"{where}: weight '{name}' has shape {tuple(value.shape)}; the model's is {tuple(own[name].shape)}"
-            )
-    module.load_state_dict(tensors)
+    try:
+        tensors.fill(module, weights, unused)
+    except TensorError as error:
+        raise RunError(f"reward '{reward}': '{path}' {error}; is it another model's file?") from error
 
 
 def read_json(reward: str, path: Path) -> dict[str, Any]:
@@ -211,12 +229,17 @@ def convert(source: Path, target: Path) -> int:
 
     Read with `weights_only`, so that a pickle cannot run code. A checkpoint that keeps its weights under "state_dict",
     "model" or "module" is unwrapped.
-    Raises RunError for a file that is missing, or holds something else.
+    Raises UsageError for a target that is the source itself, or a source that is safetensors already; RunError for a
+    file that is missing, or holds something else.
     """
     import pickle
 
     from safetensors.torch import save_file
 
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UsageError(f"'{target}' is the checkpoint itself, which is never overwritten; name another file")
+    if source.suffix == ".safetensors":
+        raise UsageError(f"'{source}' is a safetensors file already; use it as it is")
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -230,10 +253,13 @@ def convert(source: Path, target: Path) -> int:
         raise RunError(f"'{source}' is no checkpoint of plain tensors; there is nothing to convert")
     # Cloned, because tensors that share memory cannot be saved.
     tensors = {k: v.contiguous().clone() for k, v in content.items()}
-    write_atomically(target, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
+    write_atomically(target, lambda place: save_file(tensors, place, metadata=_metadata(source)))
     return len(content)
 
 
-def brief(error: Exception) -> str:
-    """The first words of an error, on one line."""
-    return shorten(str(error), 140, placeholder=" ...")
+def _metadata(source: Path) -> dict[str, str]:
+    """What a file says beside its tensors, if it is safetensors under another name, which torch reads too."""
+    try:
+        return {"format": "pt", **tensors.read_metadata(source)}
+    except TensorError:
+        return {"format": "pt"}

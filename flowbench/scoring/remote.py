@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flowbench.prompts import Prompt, as_prompt
+from flowbench.reading.pictures import PictureError, picture_size, read_picture
 
 MAX_SIDE = 4096  # pixels; a PNG of a few kilobytes can claim gigabytes
 TOKEN = "FLOWBENCH_REWARD_TOKEN"
@@ -135,17 +135,18 @@ def _from_floats(data: bytes, shape: tuple[int, int, int] | None, index: int) ->
 
 def _from_png(data: bytes, index: int) -> torch.Tensor:
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIDE:
-                width, height = image.size
-                raise FormatError(f"image {index} has {width} x {height} pixels; at most {MAX_SIDE} a side")
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise error if isinstance(error, FormatError) else FormatError(f"image {index} is not a PNG file") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        width, height = picture_size(data, ("PNG",))
+        if max(width, height) > MAX_SIDE:
+            raise FormatError(f"image {index} has {width} x {height} pixels; at most {MAX_SIDE} a side")
+        pixels = read_picture(data, ("PNG",))
+    except PictureError as error:
+        raise FormatError(f"image {index} is not a PNG file that can be scored: it {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _png(pixels: np.ndarray) -> str:
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     return _text(buffer.getvalue())

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.prompts import locate
+from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.sections import EvaluationConfig
 from flowbench.terms import parse_reward, spell
 
@@ -99,9 +99,9 @@ def load_workload(name: str, folder: Path = Path()) -> Workload:
     if own and name not in workload_names():
         raise UsageError(f"unknown workload '{name}'{did_you_mean(name, workload_names())}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         workload = Workload.model_validate({"name": path.stem, **content})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValidationError) as error:
+    except (DocumentError, TypeError, ValidationError) as error:
         raise UsageError(f"workload file '{path}' is not a workload: {first_fault(error)}") from error
     located: dict[str, Any] = {"reward": spell(parse_reward(workload.reward))}
     if not own:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from flowbench.errors import UsageError
 from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.files import write_atomically
+from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.reporting.escape import csv as csv_text
-from flowbench.workloads import Workload
+from flowbench.workloads import Workload, first_fault
 
 TRIALS, CHOSEN, STUDIES = "trials.csv", "chosen.yaml", "studies.yaml"
 
@@ -80,8 +82,14 @@ class Studies(_File):
 
 
 def read_chosen(path: Path) -> Chosen:
-    """Read a chosen.yaml."""
-    return Chosen.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """Read a chosen.yaml.
+
+    Raises UsageError for a file that is none.
+    """
+    try:
+        return Chosen.model_validate(read_yaml(path))
+    except (DocumentError, ValidationError) as error:
+        raise UsageError(f"'{path}' is no chosen.yaml of a search: {first_fault(error)}") from error
 
 
 def median_gain(gains: Sequence[float | None]) -> float | None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ import torch.utils.checkpoint
 
 from flowbench.errors import RunError, UsageError
 from flowbench.models.families import family_entry, family_of
+from flowbench.models.loading import brief, load_networks
 from flowbench.models.lora import save_adapter
 
 if TYPE_CHECKING:
@@ -52,26 +52,33 @@ class Family(ABC):
 
         Both "text" and "rest" have the tokenizers and the scheduler.
 
-        Raises UsageError for a folder of another family, RunError when its weights cannot be found or read.
+        Raises UsageError for a folder of another family, RunError when its weights cannot be found or read, or are not
+        all there.
         """
         import diffusers
         from diffusers.utils import logging
+        from transformers.utils import logging as text_logging
 
         logging.disable_progress_bar()
+        text_logging.disable_progress_bar()
         logging.set_verbosity_error()
+        text_logging.set_verbosity_error()
         source = preset.resolve_source()
         kind = getattr(diffusers, cls._pipeline_class(preset, source))
         dtype = getattr(torch, preset.cpu_dtype if device.type == "cpu" else preset.dtype)
         unwanted = {"all": (), "text": ("transformer", "vae"), "rest": cls.text_encoders}[parts]
         absent = dict.fromkeys((*cls.left_out(preset), *unwanted))
         try:
-            pipeline = kind.from_pretrained(
-                source, revision=preset.revision, dtype=dtype, use_safetensors=True, **absent
-            )
+            folder = Path(source)
+            if not folder.is_dir():
+                folder = Path(kind.download(source, revision=preset.revision, use_safetensors=True, **absent))
+            networks = load_networks(folder, kind._get_signature_keys(kind)[0], dtype, without=absent)
+            pipeline = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **absent, **networks)
+        except RunError as error:
+            raise RunError(f"model '{preset.name}': {error}") from error
         except (OSError, ValueError) as error:  # diffusers raises ValueError for a folder that does not exist
-            reason = shorten(str(error), 140, placeholder=" ...")
             raise RunError(
-                f"model '{preset.name}' cannot be loaded from '{source}': {reason}; {preset.remedy}"
+                f"model '{preset.name}' cannot be loaded from '{source}': {brief(error)}; {preset.remedy}"
             ) from error
         if pipeline.vae is not None:
             pipeline.vae.to(memory_format=torch.channels_last)  # decodes in three quarters of the time on a CPU
@@ -145,6 +152,12 @@ class Family(ABC):
         """How many tokens the prompt has, special ones included; those beyond `token_limit` are not read."""
         return len(self._tokenizer()(prompt).input_ids)
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether the text encoders do not read the prompt's end; False where there are no tokenizers to tell."""
+        return (
+            bool(self.text_encoders) and self._tokenizer() is not None and self.count_tokens(prompt) > self.token_limit
+        )
+
     @property
     def token_limit(self) -> int:
         """The most tokens that the text encoder with the longest memory reads."""
@@ -214,15 +227,14 @@ class Family(ABC):
         Raises UsageError for a resolution that is no whole number of such squares.
         """
         preset, scale = self.preset, self.pipeline.vae_scale_factor
-        for name, pixels in (("height", preset.height), ("width", preset.width)):
-            if pixels % (patch * scale):
-                below = pixels // (patch * scale) * patch * scale
-                nearest = " or ".join(str(n) for n in (below, below + patch * scale) if n)
-                raise UsageError(
-                    f"model '{preset.name}': its resolution's {name} of {pixels} is no multiple of {patch * scale}; "
-                    f"use {nearest}"
-                )
+        check_multiple(preset, patch * scale)
         return preset.height // scale, preset.width // scale
+
+    @classmethod
+    def multiple(cls, vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
+        """Pixels of a side of what the transformer reads as one token, by the configurations of the two networks."""
+        scale: int = 2 ** (len(vae["block_out_channels"]) - 1)
+        return 2 * scale
 
     def sigmas(self, num_steps: int) -> torch.Tensor:
         """The sampler's sigmas (num_steps + 1,) float32, from 1 to 0, as the pipeline's own call makes them.
@@ -266,6 +278,18 @@ class Family(ABC):
 
     def _decode(self, z: torch.Tensor) -> Any:
         return self.pipeline.vae.decode(z, return_dict=False)[0]
+
+
+def check_multiple(preset: ModelPreset, multiple: int) -> None:
+    """Raise UsageError for a resolution whose sides are no multiples of so many pixels."""
+    for name, pixels in (("height", preset.height), ("width", preset.width)):
+        if pixels % multiple:
+            below = pixels // multiple * multiple
+            nearest = " or ".join(str(n) for n in (below, below + multiple) if n)
+            raise UsageError(
+                f"model '{preset.name}': its resolution's {name} of {pixels} is no multiple of {multiple}; "
+                f"use {nearest}"
+            )
 
 
 def even_sigmas(num_steps: int) -> list[float]:

@@ -90,6 +90,14 @@ def blueprint(preset: ModelPreset) -> Blueprint:
     )
 
 
+def known_parts(preset: ModelPreset) -> Mapping[str, Part] | None:
+    """The parts of the preset's pipeline, where this machine has their configurations; nothing is downloaded."""
+    try:
+        return blueprint(preset).parts
+    except (UsageError, ValueError, KeyError, IndexError, TypeError):  # its loader says what is wrong
+        return None
+
+
 def _of_folder(folder: Path) -> Blueprint:
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     parts = {}

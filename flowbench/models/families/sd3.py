@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,6 +84,11 @@ class StableDiffusion3(Family):
     def latent_shape(self) -> tuple[int, int, int]:
         """As in the base class."""
         return (self.transformer.config.in_channels, *self.latent_size(self.transformer.config.patch_size))
+
+    @classmethod
+    def multiple(cls, vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
+        """As in the base class, with the transformer's own patches."""
+        return super().multiple(vae, transformer) // 2 * int(transformer.get("patch_size", 2))
 
     def shift_arguments(self) -> dict[str, float]:
         """As in the base class; by the number of image tokens, where the scheduler asks for it."""

@@ -8,13 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.models.families import family_entry
 from flowbench.models.presets.undescribed import described, find_pipeline, is_hub_id
 from flowbench.prompts import prompt_sets
+from flowbench.reading.documents import MAX_BYTES, DocumentError, parse_yaml
+from flowbench.reading.texts import TextError, read_text
 from flowbench.record import RANDOM
 
 FOLDER = Path(__file__).parent
@@ -155,10 +156,10 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
             return ModelPreset.model_validate(described(name, folder))
         raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
-        content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
+        content = deepcopy(_parsed(read_text(path, MAX_BYTES)))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
-    except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
+    except (DocumentError, TextError, AttributeError, TypeError, ValidationError) as error:
         raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
     _check_names(preset, path)
     return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
@@ -167,7 +168,7 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
 @lru_cache(maxsize=64)
 def _parsed(text: str) -> Any:
     """YAML takes long to read, and a run looks at its model's file at every checkpoint."""
-    return yaml.safe_load(text)
+    return parse_yaml(text)
 
 
 def _with_random_weights(preset: ModelPreset) -> ModelPreset:

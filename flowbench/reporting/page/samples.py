@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from flowbench.errors import UsageError
 from flowbench.prompts.sets import available_splits, load_split, prompt_sets
+from flowbench.reading.pictures import PictureError, read_pixels
 from flowbench.record import Record, load_record
 from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import TRUTH, Board, Table
@@ -183,9 +184,9 @@ def _open(file: Path) -> Image.Image:
     from PIL import Image
 
     try:
-        return Image.open(file).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f"'{file}' cannot be read as an image: {error}") from error
+        return Image.fromarray(read_pixels(file))
+    except PictureError as error:
+        raise UsageError(f"'{file}' {error}") from error
 
 
 def _address(sheet: Image.Image, exact: bool) -> str:

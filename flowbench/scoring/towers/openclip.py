@@ -12,8 +12,10 @@ import torch
 
 from flowbench.errors import RunError, UsageError
 from flowbench.models.presets import EMBEDDED, resolve_weights
+from flowbench.reading.tensors import TensorError, check_dtypes, check_values
 from flowbench.scoring.checkpoints import Weights, are_random, brief, load_strictly, read_tensors
 from flowbench.scoring.networks import NetworkReward
+from flowbench.testbeds.shapes.weights import check_shipped
 
 
 @contextmanager
@@ -92,11 +94,11 @@ def _hub_id(name: str, tag: str | None) -> str:
 
 
 def clip_weights(name: str, tag: str | None) -> Weights:
-    """The files that `load_towers` reads."""
+    """The files that `load_towers` reads; of a folder all of them."""
     hub_id = _hub_id(name, tag)
     if hub_id:
         return Weights(hub_id, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"))
-    return Weights(tag or name, ("open_clip_config.json",))
+    return Weights(tag or name, ("open_clip_config.json",), whole=True)
 
 
 def load_towers(reward: str, name: str, tag: str | None, device: torch.device) -> ClipTowers:
@@ -117,6 +119,8 @@ def load_towers(reward: str, name: str, tag: str | None, device: torch.device) -
         raise RunError(f"reward '{reward}' has no weights in {folder}; rebuild them with 'flowbench testbed build'")
     else:
         raise UsageError(f"reward '{reward}': open_clip knows no model '{name}', and it is no folder")
+    if not are_random():
+        check_shipped(folder)
     try:
         with _quiet():
             if are_random():
@@ -124,7 +128,12 @@ def load_towers(reward: str, name: str, tag: str | None, device: torch.device) -
                     model = open_clip.create_model(source, device=device, load_weights=False)
             else:
                 model = open_clip.create_model(source, where, device=device, require_pretrained=True)
+                for file in sorted(folder.glob("*.safetensors")):
+                    check_dtypes(file)
+                check_values(model.state_dict())
             return ClipTowers(model, open_clip.get_tokenizer(source), device)
+    except TensorError as error:
+        raise RunError(f"reward '{reward}': '{folder if folder.is_dir() else name}' {error}; fetch it again") from error
     except (OSError, RuntimeError, ValueError) as error:
         fetch = f"fetch them with 'hf download {hub_id}', put that folder below FLOWBENCH_WEIGHTS, or "
         raise RunError(
