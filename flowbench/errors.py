@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable
 
 
@@ -31,3 +33,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names) or 'none'}"
+
+
+def described(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def raised_at(error: BaseException, file: str | None) -> str:
+    """ " (plugin.py:12)": the innermost line of that file that led to an error; without one, where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = ([frame for frame in frames if frame.filename == file] or frames)[-1:]
+    return f" ({shown_path(found[0].filename)}:{found[0].lineno})" if found else ""
+
+
+def shown_path(file: str) -> str:
+    """A file's path, relative where it lies below the current folder."""
+    return file.removeprefix(os.getcwd() + os.sep)

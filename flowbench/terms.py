@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from flowbench.errors import UsageError
+from flowbench.names import path_name
 from flowbench.registry import RewardInfo, rewards
 
 # A weight follows the last colon. In a URL it must stand behind a path, since a colon also precedes the port.
@@ -111,8 +112,3 @@ def combined_info(terms: tuple[Term, ...]) -> RewardInfo:
         needs_metadata=tuple(dict.fromkeys(key for i in infos for key in i.needs_metadata)),
         needs_reference=any(i.needs_reference for i in infos),
     )
-
-
-def path_name(text: str) -> str:
-    """A reward's name as one component of a path on any file system, and as a metric's name."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip(".") or "-"

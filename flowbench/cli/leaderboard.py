@@ -85,7 +85,7 @@ def _hand_out(text: str, output: Path | None) -> None:
 
 def _name(faults: tuple[str, ...]) -> None:
     """Name what was left out, on stderr."""
-    from flowbench.reporting.escape import plain
+    from flowbench.escape import plain
 
     for fault in faults:
         typer.echo(f"flowbench: left out: {plain(fault)}", err=True)

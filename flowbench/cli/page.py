@@ -32,9 +32,9 @@ def page(
     found = read_records(places)
     if found.faults and not found.records:
         raise UsageError(found.faults[0])
+    from flowbench.escape import plain
     from flowbench.evaluation.statistics import LIKE, THESE
     from flowbench.reporting.documents import to_csv
-    from flowbench.reporting.escape import plain
     from flowbench.reporting.page.about import spaces
     from flowbench.reporting.page.build import page_data, tables
     from flowbench.reporting.page.render import write

@@ -11,8 +11,8 @@ from typing import TypeAlias
 import torch
 from PIL import Image
 
+from flowbench.names import path_name
 from flowbench.prompts import Prompt
-from flowbench.terms import path_name
 
 # Prompts of a split, which prompt and which of its images each row is, images (N, 3, H, W), scores (N,) by metric.
 Scored: TypeAlias = "Mapping[str, torch.Tensor]"

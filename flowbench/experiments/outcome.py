@@ -19,6 +19,7 @@ from flowbench.models.counting import DEV, EVALUATION
 from flowbench.models.operations import training_flops
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset, preset_names
+from flowbench.names import path_name
 from flowbench.plugin_sources import sources
 from flowbench.prompts import PromptSplit, load_split
 from flowbench.record import (
@@ -35,7 +36,7 @@ from flowbench.record import (
     package_versions,
 )
 from flowbench.reward import Reward
-from flowbench.terms import path_name, term_names
+from flowbench.terms import term_names
 from flowbench.training.budget import Budget
 from flowbench.training.points import Points
 

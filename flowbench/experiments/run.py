@@ -24,6 +24,7 @@ from flowbench.evaluation.protocol import guidance_scales
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.experiments.kept import IMAGES, make_album, save_table
 from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
+from flowbench.hooks import guarded, hook
 from flowbench.models.counting import EVALUATION
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
@@ -31,6 +32,7 @@ from flowbench.models.families.plane import on_plane
 from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import Processes, started
+from flowbench.names import path_name
 from flowbench.prompts import load_split, spread
 from flowbench.record import Point, Record, read_metrics, write_atomically
 from flowbench.registry import algorithms
@@ -39,7 +41,6 @@ from flowbench.reporting.plots import learning_curves
 from flowbench.reporting.samples import draw_pairs
 from flowbench.reward import Reward, checked_score
 from flowbench.rollout import Rollout
-from flowbench.terms import path_name
 from flowbench.testbeds.shapes.truth import truth
 from flowbench.training.checkpoint import CHECKPOINT, METRICS
 from flowbench.training.points import Points
@@ -68,7 +69,7 @@ class Listener:
 def run_folder(output: Path, config: RunConfig) -> Path:
     """runs/<model>/<reward>/<algorithm>/<config-hash>-s<seed>."""
     model = load_preset(config.model).name
-    return output / model / path_name(config.reward) / config.algorithm / f"{config.hash()}-s{config.seed}"
+    return output / model / path_name(config.reward) / path_name(config.algorithm) / f"{config.hash()}-s{config.seed}"
 
 
 def build_policy(
@@ -119,14 +120,16 @@ def _encoded(
 
 
 def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
-    """The algorithm with its hyperparameters."""
+    """The algorithm with its hyperparameters; what its hooks raise or return wrongly is told with their place."""
     cls = algorithms.get(config.algorithm).cls
 
     def score(images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         return checked_score(reward, images, prompts)
 
     torch.manual_seed(config.seed)
-    return cls(cls.Config.model_validate(config.hyperparameters), score)
+    with hook(f"algorithm '{config.algorithm}'", "__init__", cls):
+        algorithm: Algorithm = cls(cls.Config.model_validate(config.hyperparameters), score)
+    return guarded(algorithm)
 
 
 def prepare_folder(folder: Path, config: RunConfig, resume: bool) -> None:

@@ -19,8 +19,8 @@ from flowbench.config import RunConfig
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.experiments.run import Listener
 from flowbench.models.presets import load_preset
+from flowbench.names import path_name
 from flowbench.record import Record, write_atomically
-from flowbench.terms import path_name
 from flowbench.training.trainer import IterationLog
 
 PROJECT = "flowbench"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowbench.escape import plain
 from flowbench.evaluation.directions import Estimate
 from flowbench.reporting import style
 from flowbench.reporting.documents import markdown_table
-from flowbench.reporting.escape import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

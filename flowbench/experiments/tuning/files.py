@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from flowbench.escape import csv as csv_text
 from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.record import write_atomically
-from flowbench.reporting.escape import csv as csv_text
 from flowbench.workloads import Workload
 
 TRIALS, CHOSEN, STUDIES = "trials.csv", "chosen.yaml", "studies.yaml"
