@@ -12,15 +12,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, first_fault, shortened
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.plugin_sources import is_own, sources
 from flowbench.prompts import choose_prompts
 from flowbench.prompts.needs import check_run
 from flowbench.record import RANDOM
 from flowbench.registry import algorithms, rewards
-from flowbench.requirements import check_domain, check_judges, check_needs, check_warmup, check_window
-from flowbench.sections import EvaluationConfig, Section, TrainingConfig
+from flowbench.requirements import (
+    check_domain,
+    check_group,
+    check_judges,
+    check_needs,
+    check_scored,
+    check_warmup,
+    check_window,
+)
+from flowbench.sections import LARGEST_SEED, EvaluationConfig, Section, TrainingConfig
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
 if TYPE_CHECKING:
@@ -42,7 +50,7 @@ class RunConfig(Section):
     algorithm: str
     reward: str
     model: str = "mini-sd3"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     device: str = "auto"
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -183,8 +191,10 @@ def resolve_config(
     check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
     check_window(config, preset)
     check_warmup(config)
+    check_group(config)
     check_judges(config.evaluation, config.reward)
     _check_kept(config.evaluation, preset)
+    check_scored(config, preset)
     trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
     check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)
     return config
@@ -255,11 +265,18 @@ def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> A
             if full in MOVED:
                 raise UsageError(f"setting '{full}' is now '{MOVED[full]}'") from error
             raise UsageError(f"unknown setting '{full}'{did_you_mean(name, model.model_fields)}") from error
-        raise UsageError(f"setting '{full}' = {first['input']!r}: {first['msg'].lower()}") from error
+        said = first["msg"].splitlines()[0].removeprefix("Value error, ").lower()
+        raise UsageError(f"setting '{full}' = {shortened(first['input'])}: {said}") from error
 
 
 def load_run_config(path: Path) -> tuple[RunConfig, ModelPreset]:
-    """The configuration that a run folder was made with, and its preset: the copy beside it, if there is one."""
-    config = RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """The configuration that a run folder was made with, and its preset: the copy beside it, if there is one.
+
+    Raises UsageError for a file that is no run's configuration.
+    """
+    try:
+        config = RunConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"'{path}' is not a run's configuration: {first_fault(error)}") from error
     copy = path.with_name(PRESET)
     return config, load_preset(str(copy) if copy.is_file() else config.model)

@@ -51,3 +51,24 @@ def raised_at(error: BaseException, file: str | None) -> str:
 def shown_path(file: str) -> str:
     """A file's path, relative where it lies below the current folder."""
     return file.removeprefix(os.getcwd() + os.sep)
+
+
+def first_fault(error: Exception) -> str:
+    """The first thing that is wrong with a file's content, in one line: pydantic's first complaint, with its place."""
+    if isinstance(error, OSError):
+        return error.strerror or described(error)
+    if not hasattr(error, "errors"):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    said = first["msg"].splitlines()[0].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
+    if not place:
+        return said
+    return f"'{place}', which is unknown" if first["type"] == "extra_forbidden" else f"'{place}': {said}"
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """What a value looks like, in at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 4] + " ..."

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from flowbench.config import SECTIONS
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, first_fault, shortened
 from flowbench.prompts import locate
 
 
@@ -22,14 +22,21 @@ def full_names(changed: Mapping[str, Any]) -> dict[str, Any]:
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """["training.images=100"] as {"training.images": 100}; values are read as YAML.
 
-    Raises UsageError for text without '='.
+    Raises UsageError for text without '=', without a key before it, or with what is no YAML behind it.
     """
     values = {}
     for text in assignments:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text!r} has no '='; write --set training.images=2000")
-        values[key.strip()] = _number(yaml.safe_load(value))
+        if not equals or not key.strip():
+            lacking = "key before its '='" if equals else "'='"
+            raise UsageError(f"--set {shortened(text)} has no {lacking}; write --set training.images=2000")
+        try:
+            values[key.strip()] = _number(yaml.safe_load(value))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"--set {shortened(text)}: {shortened(value)} cannot be read as a value; put text with special "
+                "characters in quotes"
+            ) from error
     return values
 
 
@@ -52,8 +59,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"configuration file '{path}' does not exist")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"configuration file '{path}' is not YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"configuration file '{path}' is not YAML: {first_fault(error)}") from error
     if not isinstance(content, dict):
         raise UsageError(f"configuration file '{path}' must hold key: value pairs")
     flat: dict[str, Any] = {}

@@ -16,11 +16,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flowbench.config import SECTIONS
-from flowbench.errors import NotApplicableError, UsageError, did_you_mean
+from flowbench.errors import NotApplicableError, UsageError, did_you_mean, first_fault
 from flowbench.experiments.jobs import Job, Stamp, State, kept_failure, make_job, with_seeds
 from flowbench.registry import algorithms
 from flowbench.sections import EvaluationConfig, TrainingConfig
-from flowbench.workloads import Workload, first_fault, load_workload
+from flowbench.workloads import Workload, load_workload
 
 FOLDER = Path(__file__).parent / "suites"
 

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, first_fault
 from flowbench.models.families import family_entry
 from flowbench.models.presets.undescribed import described, find_pipeline, is_hub_id
+from flowbench.names import component_fault
 from flowbench.prompts import prompt_sets
 from flowbench.record import RANDOM
 
@@ -39,7 +40,7 @@ class ModelPreset(BaseModel):
     random_init: weights, also those of the rewards, are drawn at random instead of read; to measure, not to compare.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     added_later: ClassVar = frozenset({"cpu_dtype", "family", "random_init", "sigma_spacing"})
 
     name: str
@@ -48,7 +49,7 @@ class ModelPreset(BaseModel):
     revision: str | None = None
     licence: str
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt]
-    num_steps: int
+    num_steps: PositiveInt
     guidance_scale: float
     sigma_spacing: Literal["pipeline", "linspace"] = OWN_SPACING
     max_sequence_length: int
@@ -62,6 +63,14 @@ class ModelPreset(BaseModel):
     like: str | None = None
     algorithms: dict[str, dict[str, dict[str, Any]]] = {}
     random_init: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _is_part_of_a_path(cls, value: str) -> str:
+        """The run folder has it as a component."""
+        if fault := component_fault(value):
+            raise ValueError(f"{value!r}: a name {fault}")
+        return value
 
     @field_validator("resolution")
     @classmethod
@@ -152,14 +161,22 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
     if not path.is_file():
         folder = find_pipeline(name, resolve_weights(name))
         if folder is not None:
-            return ModelPreset.model_validate(described(name, folder))
+            try:
+                return ModelPreset.model_validate(described(name, folder))
+            except ValidationError as error:
+                raise UsageError(f"model '{name}' cannot be described: {first_fault(error)}") from error
         raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
         content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
-    except (yaml.YAMLError, AttributeError, TypeError, ValidationError) as error:
-        raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, AttributeError, TypeError, OSError, ValueError, RecursionError) as error:
+        fault = (
+            "it is no mapping of keys to values"
+            if isinstance(error, AttributeError | TypeError)
+            else first_fault(error)
+        )
+        raise UsageError(f"model file '{path}' is not a preset: {fault}") from error
     _check_names(preset, path)
     return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
 
