@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -173,6 +174,9 @@ def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))
 
 
+_SECRETS = re.compile(r"https?://(.*@|[^+]*[?#])", re.IGNORECASE | re.DOTALL)
+
+
 def is_url(name: str) -> bool:
     """Whether a reward's name is the address of a server."""
     return name.startswith(("http://", "https://"))
@@ -194,8 +198,22 @@ class _Rewards(Registry["RewardInfo"]):
         return super().module(_plain(name))
 
 
+def check_address(text: str) -> None:
+    """Raise UsageError, without repeating it, for a reward's address that holds credentials.
+
+    They would stand in paths, records and logs, as does whatever a query says.
+    """
+    if _SECRETS.search(text):
+        raise UsageError(
+            "a reward's address must have no user, password, query or fragment; set FLOWBENCH_REWARD_TOKEN instead"
+        )
+
+
 def _plain(name: str) -> str:
-    return "remote" if is_url(name) else name
+    if not is_url(name):
+        return name
+    check_address(name)
+    return "remote"
 
 
 def _algorithm_info(name: str, summary: str, *, paper: str, needs: Iterable[str], family: str = OTHER) -> AlgorithmInfo:

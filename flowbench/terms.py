@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flowbench.errors import UsageError
 from flowbench.names import path_name
-from flowbench.registry import RewardInfo, rewards
+from flowbench.registry import RewardInfo, check_address, rewards
 
 # A weight follows the last colon. In a URL it must stand behind a path, since a colon also precedes the port.
 _TERM = re.compile(r"(?P<name>https?://[^/]+(?:/.*?)?|[^:]*)(?::(?P<weight>[^:/]*))?")
@@ -32,8 +32,10 @@ def parse_reward(text: str) -> tuple[Term, ...]:
     """The terms of "clip", "clip:0.5+jpeg:0.5" or "http://host:8000/+clip:2", sorted by name.
 
     Sorted, so that the order in which a sum is written makes no other run of it.
-    Raises UsageError for an unknown name, a weight that is no number, or a reward that stands twice.
+    Raises UsageError for an unknown name, a weight that is no number, a reward that stands twice, or an address with
+    credentials.
     """
+    check_address(text)
     terms = sorted((_term(part.strip(), text) for part in text.split("+")), key=lambda t: t.name)
     names = [t.name for t in terms]
     for name in names:

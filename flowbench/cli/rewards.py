@@ -112,10 +112,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     device: DeviceOption = DEVICE,
     megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request that is accepted.")] = 256,
+    megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Of all images of a request.")] = 16,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """Serve a reward over HTTP to whoever knows the token: FLOWBENCH_REWARD_TOKEN, or a random one that is printed."""
     _load(plugin)
     from flowbench.services.serving import Limits, serve_reward
 
-    serve_reward(name, model, device, (host, port), Limits(body=megabytes * 2**20), typer.echo)
+    serve_reward(name, model, device, (host, port), Limits(body=megabytes * 2**20, pixels=megapixels * 2**20), say)
