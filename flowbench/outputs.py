@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flowbench.errors import UsageError, first_fault, shortened
+from flowbench.errors import UsageError, shortened
 
 
 def check_file(option: str, path: Path) -> None:
@@ -22,10 +22,9 @@ def check_file(option: str, path: Path) -> None:
 
 def check_folder(option: str, path: Path) -> None:
     """Raise UsageError if nothing can be put into that folder, or it cannot be made."""
-    try:
-        nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
-    except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
-        raise UsageError(f"{option} {shortened(str(path))} is no path: {first_fault(error)}") from error
+    if "\0" in str(path):
+        raise UsageError(f"{option} {shortened(str(path))} is no path; take out the null byte")
+    nearest = next(place for place in (path, *path.parents, *path.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
         raise UsageError(f"{option} '{path}' cannot be written: '{nearest}' is no folder; choose another place")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -67,10 +67,7 @@ def evaluation(result: Evaluation) -> None:
     for heading in ("metric", "mean", "95 % interval", "prompts", "images"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for metric, s in result.images.items():
-        low, high = s.ci95
-        table.add_row(
-            escape(metric), _number(s.mean), f"{_number(low)}, {_number(high)}", str(s.prompts), str(s.images)
-        )
+        table.add_row(escape(metric), _number(s.mean), _interval(s.ci95), str(s.prompts), str(s.images))
     console.print(table)
 
 
@@ -86,14 +83,13 @@ def score_table(values: Mapping[str, Score], reward: str | None, title: str, hel
     marks = dict.fromkeys(held_out, " °") | dict.fromkeys(trained_on, " *")
     for metric, split in sorted(plain, key=lambda pair: list(dict.fromkeys(m for m, _ in plain)).index(pair[0])):
         s = values[f"{metric}/{split}"]
-        low, high = s.diff_ci95
         table.add_row(
             escape(metric + marks.get(plain_metric(metric), "")),
             escape(_short(split)),
             _number(s.base),
             _number(s.tuned),
             _colored(_number(s.tuned - s.base, "+"), s, plain=plain_metric(metric) in ("w2", "kl")),
-            f"{_number(low, '+')}, {_number(high, '+')}",
+            _interval(s.diff_ci95, "+"),
         )
     console.print(table)
     legend = [f"{mark.strip()} {name}" for mark, name in MARKS.items() if mark in marks.values()]
@@ -128,9 +124,13 @@ def _change(s: Score) -> str:
 
 def _colored(text: str, s: Score, plain: bool = False) -> str:
     """Green or red when the interval of the difference lies on one side of zero."""
-    low, high = s.diff_ci95
+    low, high = s.diff_ci95 or (0.0, 0.0)
     color = "" if plain else "green" if low > 0 else "red" if high < 0 else ""
     return f"[{color}]{text}[/]" if color else text
+
+
+def _interval(ends: tuple[float, float] | None, sign: str = "") -> str:
+    return "of one prompt" if ends is None else f"{_number(ends[0], sign)}, {_number(ends[1], sign)}"
 
 
 def _number(value: float, sign: str = "") -> str:
