@@ -94,6 +94,9 @@ class AcFlow(Algorithm["AcFlow.Config"]):
         control_variate: bool = Field(False, description="subtract w mean_d (v - v_ref)^2 from the loss")
         log_preview: bool = Field(False, description="log what r(x0_hat) explains; a reward call and pass per row")
 
+        def least_group(self) -> int:
+            return 2 if RewardShaping(self.shaping).centers else 1
+
         def warmup_iterations(self) -> int:
             return 0 if self.critic == "none" else self.warmup
 

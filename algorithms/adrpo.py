@@ -44,6 +44,9 @@ class Adrpo(Matching["Adrpo.Config"]):
     class Config(MatchingConfig):
         beta0: float = Field(1.0, gt=0, description="regularisation at advantage 0, in the reward's unit; ours")
 
+        def least_group(self) -> int:
+            return 2
+
     cfg: Config
     metrics: ClassVar = {
         "strength": "mean of |A| / beta0",

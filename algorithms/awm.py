@@ -60,6 +60,9 @@ class Awm(TrailingMatching["Awm.Config"]):
         average_decay: float = Field(0.3, ge=0, lt=1, description="largest decay of the average; reference code")
         average_ramp: float = Field(0.001, gt=0, description="growth of that decay per iteration; reference code")
 
+        def least_group(self) -> int:
+            return 2
+
     cfg: Config
     metrics: ClassVar = {
         "lag": "mean_d (v - v_average)^2",

@@ -54,6 +54,9 @@ class FlowGrpo(StepPolicyGradient["FlowGrpo.Config"]):
             True, description="advantages over the iteration's deviation, as the code's SD3 runs; false is the prompt's"
         )
 
+        def least_group(self) -> int:
+            return 2
+
     cfg: Config
     defaults: ClassVar = {
         **STEP_DEFAULTS,

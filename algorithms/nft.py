@@ -56,6 +56,9 @@ class Nft(TrailingMatching["Nft.Config"]):
         old_ramp: float = Field(0.001, ge=0, description="growth of that decay per iteration; reference code")
         old_start: int = Field(0, ge=0, description="iterations before it grows; reference code (75 for OCR)")
 
+        def least_group(self) -> int:
+            return 2
+
     cfg: Config
     metrics: ClassVar = {
         "old_distance": "mean_d (v - v_old)^2",

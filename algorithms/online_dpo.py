@@ -49,6 +49,9 @@ class OnlineDpo(Algorithm["OnlineDpo.Config"]):
         beta: float = Field(100.0, gt=0, description="KL penalty; Flow-GRPO's DPO baseline")
         states_per_pair: int = Field(1, ge=1, description="noisy states per pair and pass")
 
+        def least_group(self) -> int:
+            return 2
+
     cfg: Config
     metrics: ClassVar = {
         "accuracy": "share of rows with logit above 0",

@@ -43,6 +43,9 @@ class Raft(Matching["Raft.Config"]):
         share: float = Field(0.25, gt=0, le=1, description="of a prompt's images that is kept, rounded up; paper: 1/K")
         alpha: float = Field(0.0, ge=0, description="weight of mean_d (v - v_ref)^2; paper: optional KL, off")
 
+        def least_group(self) -> int:
+            return 2
+
     cfg: Config
     metrics: ClassVar = {
         "kept": "mean reward of the kept images above their prompt's mean",

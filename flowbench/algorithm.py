@@ -40,7 +40,14 @@ class AlgorithmConfig(BaseModel):
 
     added_later: ClassVar[frozenset[str]] = frozenset()
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def least_group(self) -> int:
+        """The least images of a prompt in an iteration from which anything is learnt.
+
+        It is 2 where an image counts by its difference from the others of its prompt.
+        """
+        return 1
 
     def warmup_iterations(self) -> int:
         """How many iterations pass before the policy's first update: the field `warmup`, if there is one."""

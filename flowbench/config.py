@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, shortened
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.plugin_sources import is_own, sources
 from flowbench.prompts import choose_prompts
@@ -19,8 +19,17 @@ from flowbench.prompts.needs import check_run
 from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.record import RANDOM
 from flowbench.registry import algorithms, rewards
-from flowbench.requirements import check_domain, check_judges, check_needs, check_resolution, check_warmup, check_window
-from flowbench.sections import EvaluationConfig, Section, TrainingConfig
+from flowbench.requirements import (
+    check_domain,
+    check_group,
+    check_judges,
+    check_needs,
+    check_resolution,
+    check_scored,
+    check_warmup,
+    check_window,
+)
+from flowbench.sections import LARGEST_SEED, EvaluationConfig, Section, TrainingConfig
 from flowbench.terms import combined_info, parse_reward, spell, term_names
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ class RunConfig(Section):
     algorithm: str
     reward: str
     model: str = "mini-sd3"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     device: str = "auto"
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -184,8 +193,10 @@ def resolve_config(
     check_window(config, preset)
     check_resolution(preset)
     check_warmup(config)
+    check_group(config)
     check_judges(config.evaluation, config.reward)
     _check_kept(config.evaluation, preset)
+    check_scored(config, preset)
     trained, judges = (map(rewards.describe, n) for n in (term_names(config.reward), evaluation.judges or ()))
     check_run(tuple(trained), tuple(judges), config.prompt_set(preset), chosen.splits)
     return config
@@ -256,7 +267,8 @@ def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> A
             if full in MOVED:
                 raise UsageError(f"setting '{full}' is now '{MOVED[full]}'") from error
             raise UsageError(f"unknown setting '{full}'{did_you_mean(name, model.model_fields)}") from error
-        raise UsageError(f"setting '{full}' = {first['input']!r}: {first['msg'].lower()}") from error
+        said = first["msg"].splitlines()[0].removeprefix("Value error, ").lower()
+        raise UsageError(f"setting '{full}' = {shortened(first['input'])}: {said}") from error
 
 
 def load_run_config(path: Path) -> tuple[RunConfig, ModelPreset]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable
 from signal import SIGINT
 
@@ -51,3 +53,42 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names) or 'none'}"
+
+
+def described(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def raised_at(error: BaseException, file: str | None) -> str:
+    """ " (plugin.py:12)": the innermost line of that file that led to an error; without one, where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = ([frame for frame in frames if frame.filename == file] or frames)[-1:]
+    return f" ({shown_path(found[0].filename)}:{found[0].lineno})" if found else ""
+
+
+def shown_path(file: str) -> str:
+    """A file's path, relative where it lies below the current folder."""
+    return file.removeprefix(os.getcwd() + os.sep)
+
+
+def first_fault(error: Exception) -> str:
+    """The first thing that is wrong with a file's content, in one line: pydantic's first complaint, with its place."""
+    if isinstance(error, OSError):
+        return error.strerror or described(error)
+    if not hasattr(error, "errors"):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    said = first["msg"].splitlines()[0].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
+    if not place:
+        return said
+    return f"'{place}', which is unknown" if first["type"] == "extra_forbidden" else f"'{place}': {said}"
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """What a value looks like, in at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 4] + " ..."

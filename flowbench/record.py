@@ -36,7 +36,7 @@ class Score(_Part):
 
     base: float
     tuned: float
-    diff_ci95: tuple[float, float]
+    diff_ci95: tuple[float, float] | None  # a single prompt has none
 
     @property
     def change(self) -> float:

@@ -6,7 +6,9 @@ Names are known from the entry points alone, so that a misspelt name is answered
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from flowbench.declared import read_declaration, summary
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, described, did_you_mean, raised_at
+from flowbench.names import check_plugin_name
 
 PLUGIN_FILE = "flowbench_plugin_"  # begins the name of the module of a plug-in file
 NEEDS = frozenset({"endpoint", "states", "log_prob", "reward_grad", "old"})
@@ -91,9 +94,10 @@ class Registry(Generic[Info]):
     def add(self, plugin: Plugin[Info]) -> None:
         """Register a plug-in.
 
-        Raises UsageError for a name that another class already has.
+        Raises UsageError for a name that another class already has, or that no plug-in can have.
         """
         name, cls = plugin.info.name, plugin.cls
+        check_plugin_name(self.kind, name)
         other = self.loaded.get(name)
         taken = {other.cls.__module__} if other and _identity(other.cls) != _identity(cls) else set()
         # Nor may a plug-in file shadow an installed one that is not loaded yet.
@@ -126,8 +130,8 @@ class Registry(Generic[Info]):
                 points[0].load()
             except UsageError:
                 raise
-            except Exception as error:
-                fault = f"{type(error).__name__}: {error}"
+            except (Exception, SystemExit) as error:
+                fault = _import_fault(error, None)
                 raise UsageError(f"{self.kind} '{name}' ({points[0].value}) cannot be imported: {fault}") from error
             if name not in self.loaded:
                 raise UsageError(f"entry point '{name}' ({points[0].value}) registers no {self.kind} of that name")
@@ -170,6 +174,9 @@ def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))
 
 
+_SECRETS = re.compile(r"https?://(.*@|[^+]*[?#])", re.IGNORECASE | re.DOTALL)
+
+
 def is_url(name: str) -> bool:
     """Whether a reward's name is the address of a server."""
     return name.startswith(("http://", "https://"))
@@ -191,8 +198,22 @@ class _Rewards(Registry["RewardInfo"]):
         return super().module(_plain(name))
 
 
+def check_address(text: str) -> None:
+    """Raise UsageError, without repeating it, for a reward's address that holds credentials.
+
+    They would stand in paths, records and logs, as does whatever a query says.
+    """
+    if _SECRETS.search(text):
+        raise UsageError(
+            "a reward's address must have no user, password, query or fragment; set FLOWBENCH_REWARD_TOKEN instead"
+        )
+
+
 def _plain(name: str) -> str:
-    return "remote" if is_url(name) else name
+    if not is_url(name):
+        return name
+    check_address(name)
+    return "remote"
 
 
 def _algorithm_info(name: str, summary: str, *, paper: str, needs: Iterable[str], family: str = OTHER) -> AlgorithmInfo:
@@ -280,7 +301,9 @@ def load_plugin_file(path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"plug-in file '{path}' does not exist")
     before = dict(algorithms.loaded), dict(rewards.loaded)
-    name = f"{PLUGIN_FILE}{path.stem}"
+    # Two files of one name in different folders are two modules.
+    place = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
+    name = f"{PLUGIN_FILE}{path.stem}_{place}".replace(".", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"plug-in file '{path}' is not a Python file; its name must end in .py")
@@ -290,9 +313,17 @@ def load_plugin_file(path: Path) -> None:
         spec.loader.exec_module(module)
     except UsageError:
         raise
-    except Exception as error:
-        raise UsageError(f"plug-in file '{path}' fails on import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UsageError(f"plug-in file '{path}' fails on import: {_import_fault(error, str(path))}") from error
     if before == (algorithms.loaded, rewards.loaded):
         raise UsageError(
             f"plug-in file '{path}' registers nothing; decorate a class with register_algorithm or register_reward"
         )
+
+
+def _import_fault(error: BaseException, file: str | None) -> str:
+    """What kept a module from being imported; a syntax error says itself where it is."""
+    if isinstance(error, SystemExit):
+        return f"it ends the program, sys.exit({error.code!r}){raised_at(error, file)}; take that out"
+    return described(error) + ("" if isinstance(error, SyntaxError) else raised_at(error, file))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowbench.errors import NotApplicableError, UsageError
 from flowbench.models.presets import AnalyticPreset, ModelPreset
+from flowbench.prompts.sets import available_splits
 from flowbench.registry import algorithms, rewards
 from flowbench.terms import term_names
 
@@ -55,6 +56,28 @@ def check_warmup(config: RunConfig) -> None:
         raise UsageError(
             f"training.images is {training.images}, all of which is {config.algorithm}'s warm-up of {warmup} "
             f"iterations; use {least} or more, or a smaller algorithm.warmup"
+        )
+
+
+def check_group(config: RunConfig) -> None:
+    """Raise UsageError for a group too small for an algorithm that compares the images of a prompt."""
+    cls = algorithms.get(config.algorithm).cls
+    least, given = cls.Config.model_validate(config.hyperparameters).least_group(), config.training.images_per_prompt
+    if given < least:
+        raise UsageError(
+            f"training.images_per_prompt is {given}, but {config.algorithm} compares the images of a prompt with each "
+            f"other and would learn nothing; use {least} or more"
+        )
+
+
+def check_scored(config: RunConfig, preset: ModelPreset) -> None:
+    """Raise UsageError for a run that nothing would be known of, neither on a split nor on dev."""
+    if config.evaluation.splits or isinstance(preset, AnalyticPreset):
+        return
+    if not config.evaluation.points or "dev" not in available_splits(config.prompt_set(preset)):
+        raise UsageError(
+            "evaluation.splits is empty and split dev is not scored either, so that nothing would be known of the run; "
+            "name a split, such as evaluation.splits=[test]"
         )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from flowbench.errors import RunError
+from flowbench.hooks import defined_at, hook, kind_of
 from flowbench.prompts import as_prompt
 from flowbench.registry import RewardInfo, register_reward
 
@@ -99,19 +100,59 @@ def checked_score(reward: Reward, images: torch.Tensor, prompts: tuple[str, ...]
             f"reward '{name}' was given an image with NaN; lower training.learning_rate or use more precision"
         )
     prompts = tuple(map(as_prompt, prompts))  # so that a reward may ask any of them for its metadata
-    scores = torch.as_tensor(reward.score(images, prompts)).float().to(images.device)
+    scores, place = _asked(reward, images, prompts), defined_at(_class_of(reward), "score")
     if scores.shape != (len(images),):
         raise RunError(
             f"reward '{name}' returned shape {tuple(scores.shape)} for {len(images)} images; expected ({len(images)},)"
+            + place
         )
     bad = ~scores.isfinite()
     if bad.any():
         i = int(bad.nonzero()[0])
         raise RunError(
             f"reward '{name}' is {scores[i].item()} for the prompt {prompts[i]!r}; "
-            "check the reward model's weights and precision"
+            f"check the reward model's weights and precision{place}"
         )
     return scores
+
+
+def _asked(reward: Reward, images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+    """The reward's answer as float32 on the images' device; what it does to the images reaches nobody else.
+
+    On a CPU, where NumPy may write to them unseen, it is given a copy. Elsewhere a copy would cost the device's memory,
+    and torch counts what is written. Raises RunError as `hook` does, for what is no tensor of numbers, and for images
+    that it has changed.
+    """
+    owner, cls = f"reward '{reward.info.name}'", _class_of(reward)
+    given = images.clone() if images.device.type == "cpu" and not images.requires_grad else images
+    written = _writes(given)
+    with hook(owner, "score", cls):
+        answer = reward.score(given, prompts)
+    if given is images and _writes(images) != written:
+        raise RunError(
+            f"{owner} changes its images in place in score{defined_at(cls, 'score')}; write images = images - 0.5 and "
+            "not images.sub_(0.5)"
+        )
+    try:
+        return torch.as_tensor(answer).float().to(images.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(answer, torch.Tensor):
+            raise
+        raise RunError(
+            f"{owner} returns {kind_of(answer)} from score{defined_at(cls, 'score')}; expected a tensor of "
+            f"{len(images)} numbers"
+        ) from error
+
+
+def _class_of(reward: Reward) -> type[Reward]:
+    """The plug-in's own class, also of one that only visits the device."""
+    kind: type[Reward] = getattr(reward, "kind", type(reward))
+    return kind
+
+
+def _writes(images: torch.Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts that."""
+    return 0 if images.is_inference() else images._version
 
 
 def check_signal(info: RewardInfo, scores: torch.Tensor, iteration: int) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 
 from flowbench.errors import UsageError
+from flowbench.names import component_fault
+
+LARGEST_SEED = 2**63 - 1  # what torch takes
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -19,7 +23,7 @@ class Section(BaseModel):
     added_later: ClassVar[frozenset[str]] = frozenset()
     divides: ClassVar[frozenset[str]] = frozenset()
     observes: ClassVar[frozenset[str]] = frozenset()
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainingConfig(Section):
@@ -47,7 +51,7 @@ class TrainingConfig(Section):
     auxiliary_learning_rate: float = Field(1e-3, gt=0, description="of an algorithm's own networks, such as a critic")
     auxiliary_steps: int = Field(8, ge=1, description="steps of an algorithm's own networks per step of the policy")
     weight_decay: float = Field(0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.99)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
     max_grad_norm: float = Field(1.0, gt=0)
     epochs: int = Field(1, ge=1, description="passes over each rollout")
     minibatch: int = Field(64, ge=1, description="rows per optimizer step")
@@ -69,7 +73,9 @@ class TrainingConfig(Section):
         None, ge=1, description="iterations before the window slides on by a step; None places it at random each time"
     )
     sigma_distribution: Literal["logit-normal", "uniform", "sampler"] = "logit-normal"
-    sigma_logit: tuple[float, float] = Field((0.0, 1.0), description="mean and deviation of the logit-normal sigmas")
+    sigma_logit: tuple[float, PositiveFloat] = Field(
+        (0.0, 1.0), description="mean and deviation of the logit-normal sigmas"
+    )
     shared_noise: bool | None = Field(
         None,
         description="same noise and sigma for the images of a prompt, in re-noised states; None is the algorithm's",
@@ -156,4 +162,15 @@ class EvaluationConfig(Section):
     dev_images_per_prompt: int = Field(2, ge=2, description="of each of at most `prompts` prompts of dev, at a point")
     dev_judges: bool = Field(True, description="whether the judges held out score at the points too")
     keep_images: bool = Field(False, description="whether the evaluation's images are kept in the run folder")
-    seed: int = 20_251
+    seed: int = Field(20_251, ge=0, le=LARGEST_SEED)
+
+    @field_validator("splits")
+    @classmethod
+    def _are_parts_of_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Their names stand in those of files."""
+        for name in value:
+            if fault := component_fault(name):
+                raise ValueError(f"split {name!r}: a name {fault}")
+            if value.count(name) > 1:
+                raise ValueError(f"split {name!r} stands twice")
+        return value

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowbench.config import SECTIONS
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, shortened
 from flowbench.prompts import locate
 from flowbench.reading.documents import DocumentError, parse_yaml, read_yaml
 
@@ -21,17 +21,21 @@ def full_names(changed: Mapping[str, Any]) -> dict[str, Any]:
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """["training.images=100"] as {"training.images": 100}; values are read as YAML.
 
-    Raises UsageError for text without '=', or a value that is no YAML.
+    Raises UsageError for text without '=', without a key before it, or with what is no YAML behind it.
     """
     values = {}
     for text in assignments:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--set {text!r} has no '='; write --set training.images=2000")
+        if not equals or not key.strip():
+            lacking = "key before its '='" if equals else "'='"
+            raise UsageError(f"--set {shortened(text)} has no {lacking}; write --set training.images=2000")
         try:
             values[key.strip()] = _number(parse_yaml(value))
         except DocumentError as error:
-            raise UsageError(f"--set {text!r}: the value {error}") from error
+            raise UsageError(
+                f"--set {shortened(text)}: {shortened(value)} cannot be read as a value, it {error}; put text with "
+                "special characters in quotes"
+            ) from error
     return values
 
 

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 
 from flowbench.errors import UsageError
-from flowbench.registry import RewardInfo, rewards
+from flowbench.names import path_name
+from flowbench.registry import RewardInfo, check_address, rewards
 
 # A weight follows the last colon. In a URL it must stand behind a path, since a colon also precedes the port.
 _TERM = re.compile(r"(?P<name>https?://[^/]+(?:/.*?)?|[^:]*)(?::(?P<weight>[^:/]*))?")
@@ -31,8 +32,10 @@ def parse_reward(text: str) -> tuple[Term, ...]:
     """The terms of "clip", "clip:0.5+jpeg:0.5" or "http://host:8000/+clip:2", sorted by name.
 
     Sorted, so that the order in which a sum is written makes no other run of it.
-    Raises UsageError for an unknown name, a weight that is no number, or a reward that stands twice.
+    Raises UsageError for an unknown name, a weight that is no number, a reward that stands twice, or an address with
+    credentials.
     """
+    check_address(text)
     terms = sorted((_term(part.strip(), text) for part in text.split("+")), key=lambda t: t.name)
     names = [t.name for t in terms]
     for name in names:
@@ -111,8 +114,3 @@ def combined_info(terms: tuple[Term, ...]) -> RewardInfo:
         needs_metadata=tuple(dict.fromkeys(key for i in infos for key in i.needs_metadata)),
         needs_reference=any(i.needs_reference for i in infos),
     )
-
-
-def path_name(text: str) -> str:
-    """A reward's name as one component of a path on any file system, and as a metric's name."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip(".") or "-"

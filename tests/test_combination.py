@@ -15,9 +15,10 @@ from flowbench.evaluation.judges import build_reward
 from flowbench.experiments.folder import run_folder
 from flowbench.experiments.run import execute
 from flowbench.models.presets import load_preset
+from flowbench.names import path_name
 from flowbench.reward import Reward, check_signal, checked_score, register_reward
 from flowbench.scoring.combination import Moments, WeightedSum
-from flowbench.terms import Term, combined_info, parse_reward, path_name, spell, term_names
+from flowbench.terms import Term, combined_info, parse_reward, spell, term_names
 from flowbench.training.checkpoint import CHECKPOINT
 from flowbench.training.trainer import Trainer
 

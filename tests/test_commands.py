@@ -54,7 +54,7 @@ class Case:
 CASES = {
     "run": Case(["raft", "--dry-run"], "2880 training images", ["acflw"], 2, "did you mean 'acflow'"),
     "evaluate": Case(["{run}", "--output", "scores.json"], "reward", ["absent"], 2, "'absent' does not exist"),
-    "sample": Case(["{run}", "a point", "--images", "2"], "a-point-0.png", ["absent", "x"], 2, "does not exist"),
+    "sample": Case(["{run}", "a point", "--images", "2"], "a-point-", ["absent", "x"], 2, "does not exist"),
     "list": Case(["rewards"], "jpeg", ["algoritms"], 2, "did you mean 'algorithms'"),
     "leaderboard": Case(["{run}"], "raft", ["absent"], 2, "'absent' does not exist"),
     "page": Case(

@@ -175,7 +175,7 @@ def test_a_gallerys_table_may_say_more_of_its_prompts(
 
 
 def test_every_reward_is_given_prompts_even_where_strings_were_given(counter: type[Counter]):
-    with pytest.raises(KeyError):
+    with pytest.raises(RunError, match="KeyError: 'objects'"):
         checked_score(counter(), IMAGES, ("a", "b"))
     assert all(isinstance(p, Prompt) for p in counter.seen)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flowbench.cli.options import new_file
 from flowbench.errors import RunError, UsageError, did_you_mean
 from flowbench.experiments.defaults import LEADERBOARD, OUTPUT
 
@@ -20,7 +21,9 @@ def leaderboard(
         str | None,
         typer.Option("--format", help="terminal, markdown, csv or latex; default: as the output ends, or terminal."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write there instead of to the terminal.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=new_file, help="Write there instead of to the terminal.")
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(metavar="A,B,...", help="Columns: metrics, rank, iqm, improvement, difference, p, ..."),
@@ -126,7 +129,7 @@ def _hand_out(text: str, output: Path | None) -> None:
 
 def _name(faults: tuple[str, ...]) -> None:
     """Name what was left out, on stderr."""
-    from flowbench.reporting.escape import plain
+    from flowbench.escape import plain
 
     for fault in faults:
         typer.echo(f"flowbench: left out: {plain(fault)}", err=True)

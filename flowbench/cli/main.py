@@ -27,19 +27,32 @@ from flowbench.cli import suites as cli_suites
 from flowbench.cli import testbed as cli_testbed
 from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
+    LARGEST_SEED,
     DeviceOption,
     JsonOption,
     KeepImagesOption,
     MemoryLimitOption,
     OutputOption,
+    PlaceOption,
     PluginOption,
     PromptsOption,
     RandomInitOption,
     SettingsOption,
     TflopsOption,
     TrackOption,
+    new_file,
+    say,
 )
-from flowbench.errors import PeerError, RunError, RunInterruptedError, TerminatedError, UsageError
+from flowbench.errors import (
+    PeerError,
+    RunError,
+    RunInterruptedError,
+    TerminatedError,
+    UsageError,
+    described,
+    raised_at,
+)
+from flowbench.escape import plain
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 from flowbench.launch import check_alone, is_main
@@ -63,12 +76,12 @@ def run(
     algorithm: Annotated[str, typer.Argument(help="Algorithm; see 'flowbench list algorithms'.")],
     reward: Annotated[str | None, typer.Option(help=f"Reward to train on; default {REWARD}.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {MODEL}.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run; default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the run; default 0.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Budget: images generated for training.")] = None,
     prompts: PromptsOption = None,
     device: DeviceOption = DEVICE,
     settings: SettingsOption = [],  # noqa: B006 - typer wants the default itself
-    config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as a run's config.yaml.")] = None,
+    config: Annotated[list[Path], typer.Option(help="YAML file with settings, such as a run's config.yaml.")] = [],  # noqa: B006
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
@@ -87,9 +100,12 @@ def run(
     from flowbench.cli.display import runs as display
     from flowbench.settings import parse_assignments
 
+    if len(config) > 1:
+        raise UsageError(f"--config is given {len(config)} times, and a run has one; put all settings into one file")
     given = parse_assignments(settings) | ({"evaluation.keep_images": True} if keep_images else {})
     given |= {} if keep is None else {"training.keep_checkpoints": keep}
-    resolved = api.resolve(algorithm, reward, model, seed, images, device, given, config, plugin, prompts, random_init)
+    file = config[0] if config else None
+    resolved = api.resolve(algorithm, reward, model, seed, images, device, given, file, plugin, prompts, random_init)
     resolved, planned = cli_planning.planned(resolved, dry_run, memory, memory_limit, tflops, json_)
     trackers = api.choose_trackers(track)
     if dry_run:
@@ -120,7 +136,7 @@ def evaluate(
     prompts: PromptsOption = None,
     device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
-    output: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=new_file, help="Write the scores to this JSON file.")] = None,
     keep_images: KeepImagesOption = False,
 ) -> None:
     """Score a run's base and tuned model again with the run's own protocol, or score other weights or images."""
@@ -141,14 +157,14 @@ def sample(
     folder: Annotated[Path, typer.Argument(metavar="RUN", exists=True, help="Run folder.")],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     images: Annotated[int, typer.Option(min=1, help="Images per model.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
     device: DeviceOption = DEVICE,
-    output: Annotated[Path | None, typer.Option(help="PNG to write; default: in the run's samples folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="PNG, or the folder for it; default: the run's samples.")] = None,
 ) -> None:
     """Draw a prompt with the base and the tuned model, side by side, from the same noise."""
     from flowbench.experiments.sampling import sample_side_by_side
 
-    typer.echo(sample_side_by_side(folder, prompt, images, seed, device, output))
+    say(sample_side_by_side(folder, prompt, images, seed, device, output))
 
 
 @app.command(name="list")
@@ -157,7 +173,7 @@ def list_(
         str, typer.Argument(help="algorithms, rewards, models, prompts, workloads, defaults or runs.")
     ] = "algorithms",
     plugin: PluginOption = [],  # noqa: B006
-    output: OutputOption = OUTPUT,
+    output: PlaceOption = OUTPUT,
 ) -> None:
     """List what there is."""
     from flowbench.cli.display.listing import listing
@@ -222,6 +238,8 @@ def main() -> None:
     # of the interpreter's end.
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
     try:
         if not is_main():
             logging.getLogger("flowbench").setLevel(logging.ERROR)  # main warns
@@ -229,20 +247,15 @@ def main() -> None:
             code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
         if code == INTERRUPTED:  # typer's way to pass on a Ctrl-C
             raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
-    except SystemExit as error:
-        if not (notes := _notes(error)):
+    except (Exception, SystemExit) as error:  # nothing of flowbench exits on its own: foreign code did
+        if isinstance(error, SystemExit) and _nobody_reads(error):
             raise
-        # A run whose output nobody reads any more (`| head`), or that a plug-in ended.
-        print(f"flowbench: the program was ended on the way{notes}", file=sys.stderr)
-        sys.exit(error.code if isinstance(error.code, int) and error.code else 1)
-    except Exception as error:
         if debug:
             raise
         message, status = _explain(error)
         message += _notes(error)
         if is_main() or not isinstance(error, (UsageError, RunInterruptedError, PeerError)):  # else main says it
-            print(f"flowbench: {message}", file=sys.stderr)
+            print(f"flowbench: {plain(message)}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         print("flowbench: interrupted", file=sys.stderr)
@@ -250,6 +263,13 @@ def main() -> None:
     except TerminatedError as error:
         print("flowbench: terminated", file=sys.stderr)
         sys.exit(SIGNALLED + error.signal)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _nobody_reads(error: SystemExit) -> bool:
+    """Whether typer ended a command because its output is closed (`| head`), and no run was cut short by it."""
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno == errno.EPIPE and not _notes(error)
 
 
 def _notes(error: BaseException) -> str:
@@ -257,7 +277,14 @@ def _notes(error: BaseException) -> str:
     return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+class _OneLine(logging.Formatter):
+    """A warning as one line of text, whatever names it repeats."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        return plain(record.message)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
     """One line and the exit code for an error."""
     if isinstance(error, UsageError):
         return str(error), 2
@@ -271,8 +298,16 @@ def _explain(error: Exception) -> tuple[str, int]:
         return "the disk is full; free some space", 1
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory; lower training.microbatch or training.decode_batch", 1
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0] if first else ''} (run with --debug for the traceback)", 1
+    if isinstance(error, MemoryError):
+        return "out of memory; lower training.microbatch and training.rollout_batch", 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) and error.code else 1
+        if _notes(error):
+            return "the program was ended on the way", code
+        return f"code of another package ended the program, sys.exit({error.code!r}){raised_at(error, None)}", 1
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"'{error.filename}': {error.strerror.lower()}; check the path and its permissions", 1
+    return f"{described(error)} (run with --debug for the traceback)", 1
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from flowbench.cli.options import new_file, say
 from flowbench.errors import UsageError
 from flowbench.experiments.defaults import OUTPUT
 
 
 def page(
     places: Annotated[list[Path], typer.Argument(help="Folders or records; default: runs.")] = [OUTPUT],  # noqa: B006
-    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("leaderboard.html"),
+    output: Annotated[Path, typer.Option(callback=new_file, help="The page to write.")] = Path("leaderboard.html"),
     split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
     over: Annotated[
         str, typer.Option(help="What intervals speak of: 'like' for prompts like these, 'these' for these prompts.")
@@ -32,9 +33,9 @@ def page(
     found = read_records(places)
     if found.faults and not found.records:
         raise UsageError(found.faults[0])
+    from flowbench.escape import plain
     from flowbench.evaluation.statistics import LIKE, THESE
     from flowbench.reporting.documents import to_csv
-    from flowbench.reporting.escape import plain
     from flowbench.reporting.page.about import spaces
     from flowbench.reporting.page.build import page_data, tables
     from flowbench.reporting.page.render import write
@@ -49,6 +50,6 @@ def page(
     except OSError as error:
         raise UsageError(f"--output '{output}' cannot be written: {error.strerror}") from error
     for path in written:
-        typer.echo(path)
+        say(path)
     for fault in found.faults:
         typer.echo(f"flowbench: left out: {plain(fault)}", err=True)

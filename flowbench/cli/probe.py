@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flowbench.cli.options import DeviceOption, PluginOption, SettingsOption
+from flowbench.cli.options import LARGEST_SEED, DeviceOption, PluginOption, SettingsOption, new_file
 from flowbench.errors import UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, REWARD
 
@@ -26,14 +26,14 @@ def probe(
     sampler: Annotated[str, typer.Option(help="True gradient through the 'evaluation' or the 'own' sampler.")] = (
         "evaluation"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of batches and true gradient.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of batches and true gradient.")] = 0,
     device: DeviceOption = DEVICE,
     settings: SettingsOption = [],  # noqa: B006
     plugin: PluginOption = [],  # noqa: B006
     cache: Annotated[Path | None, typer.Option(help="Folder of true gradients; default: in flowbench's home.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=new_file, help="Write the results to this JSON file.")] = None,
     format_: Annotated[str, typer.Option("--format", help="terminal or markdown.")] = "terminal",
-    plot: Annotated[Path | None, typer.Option(help="Draw the results into this PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=new_file, help="Draw the results into this PNG.")] = None,
 ) -> None:
     """Compare one update of each algorithm with the true gradient of the mean reward; nothing is trained."""
     from flowbench.registry import algorithms, load_plugin_file

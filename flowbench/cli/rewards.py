@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption
+from flowbench.cli.options import LARGEST_SEED, DeviceOption, new_file, say
 from flowbench.experiments.defaults import DEVICE, MODEL
 
 app = typer.Typer(
@@ -70,13 +70,15 @@ def remove(
 @app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Official checkpoint: .pt, .pth or .bin.")],
-    output: Annotated[Path | None, typer.Argument(help="Default: beside it, as .safetensors.")] = None,
+    output: Annotated[
+        Path | None, typer.Argument(callback=new_file, help="Default: beside it, as .safetensors.")
+    ] = None,
 ) -> None:
     """Rewrite a published pickle as safetensors; it is read without running any code that it may hold."""
     from flowbench.scoring.checkpoints import convert as convert_
 
     target = output or checkpoint.with_suffix(".safetensors")
-    typer.echo(f"{target}: {convert_(checkpoint, target)} tensors")
+    say(f"{target}: {convert_(checkpoint, target)} tensors")
 
 
 @app.command()
@@ -87,9 +89,9 @@ def parity(
     version: Annotated[str | None, typer.Option(help="Version of the weights; for hpsv2.")] = None,
     reduced: Annotated[bool, typer.Option("--reduced", help="Random weights of small networks: seconds.")] = False,
     images: Annotated[int, typer.Option(min=2, help="Images per size.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights and images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of random weights and images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Write the table there, in Markdown.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=new_file, help="Write the table there, in Markdown.")] = None,
 ) -> None:
     """Compare a reward's own backend with the package that defines it: scores, gradients, negative controls."""
     from flowbench.cli.display import rewards as display
@@ -110,10 +112,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     device: DeviceOption = DEVICE,
     megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request that is accepted.")] = 256,
+    megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Of all images of a request.")] = 16,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """Serve a reward over HTTP to whoever knows the token: FLOWBENCH_REWARD_TOKEN, or a random one that is printed."""
     _load(plugin)
     from flowbench.services.serving import Limits, serve_reward
 
-    serve_reward(name, model, device, (host, port), Limits(body=megabytes * 2**20), typer.echo)
+    serve_reward(name, model, device, (host, port), Limits(body=megabytes * 2**20, pixels=megapixels * 2**20), say)

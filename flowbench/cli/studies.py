@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption, ModelOption, OutputOption, PluginOption
+from flowbench.cli.options import MOST_SEEDS, DeviceOption, ModelOption, OutputOption, PluginOption, new_file
 from flowbench.errors import UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
@@ -16,7 +16,7 @@ def ablate(
     algorithm: Annotated[str, typer.Argument(help="Algorithm; see 'flowbench list algorithms'.")],
     reward: Annotated[str, typer.Option(help="Reward to train on.")] = REWARD,
     model: ModelOption = MODEL,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per variant.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Seeds per variant.")] = 3,
     images: Annotated[int | None, typer.Option(min=1, help="Budget of each run.")] = None,
     device: DeviceOption = DEVICE,
     settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override for every variant.")] = [],  # noqa: B006
@@ -25,8 +25,12 @@ def ablate(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
     format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
-    table: Annotated[Path | None, typer.Option(help="Write the table there instead of to the terminal.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of the curves; default: beside the runs.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(callback=new_file, help="Write the table there instead of to the terminal.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=new_file, help="PNG of the curves; default: beside the runs.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their state.")] = False,
 ) -> None:
     """Compare an algorithm's default with its declared ablations over seeds; finished runs are not repeated."""

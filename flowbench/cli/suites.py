@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption, ModelOption, OutputOption, PluginOption, PromptsOption, SettingsOption
+from flowbench.cli.options import (
+    LARGEST_SEED,
+    MOST_SEEDS,
+    DeviceOption,
+    ModelOption,
+    OutputOption,
+    PlaceOption,
+    PluginOption,
+    PromptsOption,
+    SettingsOption,
+)
 from flowbench.errors import RunError, UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
@@ -70,7 +80,7 @@ def run(
 def show(
     suite: SuiteArgument,
     plugin: PluginOption = [],  # noqa: B006
-    output: OutputOption = OUTPUT,
+    output: PlaceOption = OUTPUT,
 ) -> None:
     """Show which runs of a suite are done, running, interrupted, failed, missing or not applicable."""
     from flowbench.cli.display import suites as display
@@ -82,8 +92,8 @@ def show(
 def compare(
     algorithms: Annotated[list[str], typer.Argument(metavar="ALGORITHM...", help="Two or more algorithms.")],
     rewards: Annotated[str, typer.Option(help="Rewards to train on, with commas between them.")] = REWARD,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each algorithm on each reward.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="Seeds of each algorithm on each reward.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="The first of the seeds.")] = 0,
     model: ModelOption = MODEL,
     images: Annotated[int | None, typer.Option(min=1, help="Budget of each run; default: the model's.")] = None,
     prompts: PromptsOption = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption
+from flowbench.cli.options import LARGEST_SEED, DeviceOption, new_file, new_folder, say
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.experiments.defaults import DEVICE
 
@@ -16,12 +16,14 @@ app = typer.Typer(no_args_is_help=True, help="The embedded world of shapes: buil
 
 @app.command("build")
 def build(
-    output: Annotated[Path | None, typer.Option(help="Folder for the weights; default: inside the package.")] = None,
-    work: Annotated[Path, typer.Option(help="Folder of checkpoints; a build continues from them.")] = Path(
-        ".cache/testbed"
-    ),
+    output: Annotated[
+        Path | None, typer.Option(callback=new_folder, help="Folder for the weights; default: inside the package.")
+    ] = None,
+    work: Annotated[
+        Path, typer.Option(callback=new_folder, help="Folder of checkpoints; a build continues from them.")
+    ] = Path(".cache/testbed"),
     only: Annotated[list[str], typer.Option("--only", help="vae, clip, text, transformer, rewards; default all.")] = [],  # noqa: B006
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
     device: DeviceOption = DEVICE,
 ) -> None:
     """Train the embedded models from nothing.
@@ -37,18 +39,18 @@ def build(
 
     with BuildProgress() as progress:
         folder = build_(output, work, only, seed, device, progress)
-    typer.echo(folder)
+    say(folder)
 
 
 @app.command("show")
 def show(
-    output: Annotated[Path, typer.Option(help="PNG to write.")] = Path("testbed.png"),
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path, typer.Option(callback=new_file, help="PNG to write.")] = Path("testbed.png"),
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
 ) -> None:
     """Draw scenes of the world with their captions, and what the base model makes of the same captions."""
     from flowbench.experiments.sampling import show_testbed
 
-    typer.echo(show_testbed(output, seed))
+    say(show_testbed(output, seed))
 
 
 @app.command("path")
@@ -60,4 +62,4 @@ def path(
 
     if model not in embedded_models():
         raise UsageError(f"unknown testbed model '{model}'{did_you_mean(model, embedded_models())}")
-    typer.echo(weights_folder() / model)
+    say(weights_folder() / model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -168,7 +169,7 @@ def prompts_matter(bench: RewardBench) -> Verdict:
     # The wrong scenes are the right ones in another order, so that what a reward thinks of the scenes cancels.
     wrong = bench.score(bench.images.roll(1, 0), bench.prompts)
     gain = (bench.scores - wrong).double().numpy()
-    low, high = mean_ci95(gain)
+    low, high = mean_ci95(gain) or (-math.inf, math.inf)
     text = f"a right scene scores {gain.mean():+.3g} [{low:+.3g}, {high:+.3g}] against a wrong one"
     return passed(text) if low > 0 else failed(text)
 

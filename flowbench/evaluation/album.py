@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from flowbench.files import write_atomically
+from flowbench.names import path_name
 from flowbench.prompts import Prompt
-from flowbench.terms import path_name
 
 # Prompts of a split, which prompt and which of its images each row is, images (N, 3, H, W), scores (N,) by metric.
 Scored: TypeAlias = "Mapping[str, torch.Tensor]"

@@ -18,12 +18,13 @@ from flowbench.evaluation.protocol import Judges, Portions, SplitScores, score_s
 from flowbench.models.policy import Policy
 from flowbench.models.presets import ModelPreset
 from flowbench.models.texts import TextCache
+from flowbench.names import path_name
 from flowbench.prompts import PromptSplit, available_splits, load_split
 from flowbench.prompts.needs import unmet
 from flowbench.registry import rewards
 from flowbench.reward import Reward
 from flowbench.scoring.combination import WeightedSum
-from flowbench.terms import path_name, term_names
+from flowbench.terms import term_names
 
 DEV = "dev"
 TRUTHS = ("oracle_exact", "oracle_soft")

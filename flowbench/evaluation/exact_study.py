@@ -13,10 +13,10 @@ from flowbench.evaluation.exact import COARSE_SPACING, exact_evaluation, quadrat
 from flowbench.evaluation.protocol import within_prompt_diversity
 from flowbench.models.families.plane import exact_field, on_plane
 from flowbench.models.policy import Policy
+from flowbench.names import path_name
 from flowbench.record import Score
 from flowbench.reward import Reward
 from flowbench.seeding import generator_for
-from flowbench.terms import path_name
 from flowbench.testbeds.plane.density import Gaussian, Point
 
 REWARD, KL, SHARE, DIVERSITY = "reward", "kl", "frontier_share", "diversity"

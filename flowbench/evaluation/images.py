@@ -23,12 +23,13 @@ FILE = "file"  # the column of the image's name
 
 
 class ImageScore(BaseModel):
-    """One metric: mean over prompts of the mean over a prompt's images, with its 95 % bootstrap interval."""
+    """One metric: mean over prompts of the mean over a prompt's images, with its 95 % bootstrap interval; a single
+    prompt has none."""
 
     model_config = ConfigDict(frozen=True)
 
     mean: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     prompts: int
     images: int
 

@@ -10,7 +10,9 @@ import torch
 from flowbench.config import RunConfig
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.protocol import Judges
+from flowbench.hooks import hook
 from flowbench.models.presets import ModelPreset
+from flowbench.names import path_name
 from flowbench.prompts import PromptSplit
 from flowbench.prompts.needs import check_needs, unmet
 from flowbench.registry import algorithms, rewards
@@ -18,7 +20,7 @@ from flowbench.reward import Reward
 from flowbench.scoring.combination import WeightedSum
 from flowbench.scoring.visitor import Visitor, movable
 from flowbench.scoring.workers.reward import make_reward
-from flowbench.terms import parse_reward, path_name, term_names
+from flowbench.terms import parse_reward, term_names
 
 logger = logging.getLogger("flowbench")
 
@@ -51,10 +53,11 @@ def build_reward(
     if visiting and movable(reward):
         return Visitor(lambda where: build_reward(name, preset, where, half=half), device)
     halved = half and reward.half_tolerance is not None
-    reward.load(CPU if halved else device)
-    if halved:
-        reward.halve()
-        reward.to(device)
+    with hook(f"reward '{name}'", "load", type(reward)):
+        reward.load(CPU if halved else device)
+        if halved:
+            reward.halve()
+            reward.to(device)
     return reward
 
 

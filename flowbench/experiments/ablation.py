@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 
 from flowbench.errors import RunError, UsageError, did_you_mean
+from flowbench.escape import csv as csv_text
+from flowbench.escape import markdown
 from flowbench.evaluation.exact_study import KL
 from flowbench.evaluation.exact_study import REWARD as EXACT
 from flowbench.evaluation.statistics import Interval
 from flowbench.experiments.study import Job, Outcome, make_job, spell
+from flowbench.names import path_name
 from flowbench.record import Record, read_metrics
 from flowbench.registry import algorithms
 from flowbench.reporting.columns import interval_text
 from flowbench.reporting.documents import markdown_table
-from flowbench.reporting.escape import csv as csv_text
-from flowbench.reporting.escape import markdown
 from flowbench.reporting.leaderboard import over_seeds
 from flowbench.reporting.plots import TRUTH, Curve
 from flowbench.settings import full_names
-from flowbench.terms import parse_reward, path_name
+from flowbench.terms import parse_reward
 from flowbench.training.checkpoint import METRICS
 
 DEFAULT = "default"

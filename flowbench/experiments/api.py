@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowbench.errors import RunInterruptedError, TerminatedError, UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
+from flowbench.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     from flowbench.config import RunConfig
@@ -60,7 +61,11 @@ def resolve(
 
     _load(plugins)
     given = read_config_file(Path(config)) if config else {}
-    given.pop("algorithm", None)
+    if (meant := given.pop("algorithm", None)) is not None and meant != algorithm:
+        raise UsageError(
+            f"configuration file '{config}' is of algorithm '{meant}', whose settings are not those of '{algorithm}'; "
+            "take out its algorithm and hyperparameters, or name that algorithm"
+        )
     plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
     budget = {} if images is None else {"training.images": images}
     named = model or plain["model"] or MODEL
@@ -164,6 +169,7 @@ def carry_out(
     from flowbench.record import RANDOM
     from flowbench.scoring.checkpoints import random_weights
 
+    check_folder("--output", Path(output))
     folder, told = run_folder(Path(output), config), listener or Listener()
     if resume and (record := finished_record(folder)):
         return RunResult(record, folder, before=True)
@@ -235,6 +241,8 @@ def evaluate(
         raise UsageError(f"'{place}' does not exist")
     from flowbench.experiments.reevaluate import evaluate as evaluate_path
 
+    if output is not None:
+        check_file("--output", Path(output))
     _load(plugins)
     told = progress or (lambda done, total: None)
     given = dict(settings or {})

@@ -13,9 +13,10 @@ from flowbench.evaluation.statistics import compare as rank
 from flowbench.experiments.study import Outcome
 from flowbench.experiments.suite import Cell, cell
 from flowbench.models.presets import load_preset
+from flowbench.names import path_name
 from flowbench.reporting.plots import TRUTH
 from flowbench.sections import TrainingConfig
-from flowbench.terms import parse_reward, path_name, spell, trained_metrics
+from flowbench.terms import parse_reward, spell, trained_metrics
 from flowbench.workloads import Workload
 
 

@@ -16,8 +16,8 @@ from flowbench.errors import UsageError
 from flowbench.files import TEMPORARY, remove_unfinished, write_atomically
 from flowbench.locks import HOLDER, LOCK, locked
 from flowbench.models.presets import load_preset
+from flowbench.names import path_name
 from flowbench.record import Record, load_record
-from flowbench.terms import path_name
 from flowbench.training.checkpoint import CHECKPOINT, EARLIER, METRICS, checkpoint_files
 from flowbench.training.points import POINTS
 
@@ -36,7 +36,7 @@ LOOKED_AT = 500  # folders, for the nearest run
 def run_folder(output: Path, config: RunConfig) -> Path:
     """runs/<model>/<reward>/<algorithm>/<config-hash>-s<seed>."""
     model = load_preset(config.model).name
-    return output / model / path_name(config.reward) / config.algorithm / f"{config.hash()}-s{config.seed}"
+    return output / model / path_name(config.reward) / path_name(config.algorithm) / f"{config.hash()}-s{config.seed}"
 
 
 def finished_record(folder: Path) -> Record | None:

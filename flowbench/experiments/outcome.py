@@ -21,6 +21,7 @@ from flowbench.models.operations import training_flops
 from flowbench.models.policy import Policy
 from flowbench.models.presets import ModelPreset, load_preset, preset_names
 from flowbench.models.sources import source_sha256
+from flowbench.names import path_name
 from flowbench.plugin_sources import sources
 from flowbench.prompts import PromptSplit, load_split
 from flowbench.reading.checksums import file_sha256
@@ -40,7 +41,7 @@ from flowbench.record import (
 )
 from flowbench.reward import Reward
 from flowbench.scoring.workers.reward import make_reward
-from flowbench.terms import path_name, term_names
+from flowbench.terms import term_names
 from flowbench.training.budget import Budget
 from flowbench.training.points import Points
 

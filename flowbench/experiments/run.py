@@ -26,6 +26,7 @@ from flowbench.experiments.inputs import keep_inputs
 from flowbench.experiments.kept import IMAGES, make_album, save_table
 from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
 from flowbench.files import write_atomically, write_folder
+from flowbench.hooks import guarded, hook
 from flowbench.models.counting import EVALUATION
 from flowbench.models.encoding import EncodedTexts, encode_ahead, encodes_ahead
 from flowbench.models.families import load_pipeline
@@ -116,14 +117,16 @@ def _encoded(
 
 
 def build_algorithm(config: RunConfig, reward: Reward) -> Algorithm:
-    """The algorithm with its hyperparameters."""
+    """The algorithm with its hyperparameters; what its hooks raise or return wrongly is told with their place."""
     cls = algorithms.get(config.algorithm).cls
 
     def score(images: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         return checked_score(reward, images, prompts)
 
     torch.manual_seed(config.seed)
-    return cls(cls.Config.model_validate(config.hyperparameters), score)
+    with hook(f"algorithm '{config.algorithm}'", "__init__", cls):
+        algorithm: Algorithm = cls(cls.Config.model_validate(config.hyperparameters), score)
+    return guarded(algorithm)
 
 
 def execute(

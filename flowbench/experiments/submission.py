@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
 from flowbench.experiments.suite import load_suite, suite_names
 from flowbench.record import Record, read_records
-from flowbench.reporting.escape import plain
 from flowbench.reporting.results import files, together
 
 

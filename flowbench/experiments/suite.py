@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flowbench.config import SECTIONS
-from flowbench.errors import NotApplicableError, UsageError, did_you_mean
+from flowbench.errors import NotApplicableError, UsageError, did_you_mean, first_fault
 from flowbench.experiments.jobs import Job, Stamp, State, kept_failure, make_job, with_seeds
 from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.registry import algorithms
 from flowbench.sections import EvaluationConfig, TrainingConfig
-from flowbench.workloads import Workload, first_fault, load_workload
+from flowbench.workloads import Workload, load_workload
 
 FOLDER = Path(__file__).parent / "suites"
 STATES: tuple[State, ...] = get_args(State)

@@ -19,9 +19,9 @@ from flowbench.errors import UsageError, did_you_mean
 from flowbench.experiments.run import Listener
 from flowbench.files import write_atomically
 from flowbench.models.presets import load_preset
+from flowbench.names import path_name
 from flowbench.reading.pictures import read_pixels
 from flowbench.record import Record
-from flowbench.terms import path_name
 from flowbench.training.trainer import IterationLog
 
 PROJECT = "flowbench"

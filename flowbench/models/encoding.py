@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from flowbench.caches import Cache
+from flowbench.hooks import is_out_of_memory
 from flowbench.models.devices import device_identity
 from flowbench.models.families import family_class, load_pipeline
 from flowbench.models.families.base import Family, NamedTensors
-from flowbench.models.memory import is_out_of_memory, release_memory
+from flowbench.models.memory import release_memory
 from flowbench.models.presets import ModelPreset
 from flowbench.models.sources import source_identity
 

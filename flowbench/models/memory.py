@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from flowbench.errors import RunError
+from flowbench.hooks import is_out_of_memory
 
 logger = logging.getLogger("flowbench")
 
@@ -88,15 +89,6 @@ class Portion:
         logger.warning(
             "out of memory: %s goes on with %d %s at a time instead of %d", self.what, self.size, self.unit, failed
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the host, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def release_memory() -> None:

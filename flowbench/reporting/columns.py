@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from flowbench.errors import UsageError, did_you_mean
+from flowbench.escape import plain
 from flowbench.evaluation.statistics import Interval, Reached, interquartile_mean, probability_of_improvement
-from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import HELD_OUT, TRUTH, Row, Table
 from flowbench.reporting.targets import DIVERSITY, Unit
 from flowbench.reporting.values import speaks

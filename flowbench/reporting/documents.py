@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowbench.reporting import escape
+from flowbench import escape
 from flowbench.reporting.columns import Column, choose
 from flowbench.reporting.leaderboard import Board, Row, Table
 from flowbench.reporting.words import legend, notes, titles, verdict, warnings

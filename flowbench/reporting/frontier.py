@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flowbench.escape import plain
 from flowbench.evaluation.exact_study import KL, PATH_KL, PATH_REWARD, REWARD, ExactStudy
 from flowbench.record import Score
 from flowbench.reporting import style
-from flowbench.reporting.escape import plain
 from flowbench.testbeds.plane.density import Frontier, Point
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
 from flowbench.record import RANDOM, Record
-from flowbench.reporting.escape import plain
 
 UNKNOWN = "unknown"
 HEX = 7  # digits of a hash that a reader is shown

@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
 from flowbench.evaluation.statistics import (
     LIKE,
     THESE,
@@ -30,7 +31,6 @@ from flowbench.evaluation.statistics import (
 )
 from flowbench.evaluation.statistics.crossed import interval, mean_squares
 from flowbench.record import Record
-from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import Group, Workload, group, mixtures
 from flowbench.reporting.style import family_of
 from flowbench.reporting.targets import DIVERSITY, Target, Unit, cost

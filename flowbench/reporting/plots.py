@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flowbench.escape import plain
+from flowbench.names import path_name
 from flowbench.record import Point
 from flowbench.reporting import style
-from flowbench.reporting.escape import plain
 from flowbench.reporting.meanings import meaning
-from flowbench.terms import path_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowbench.escape import markdown, plain
 from flowbench.evaluation.directions import Estimate
 from flowbench.reporting import style
 from flowbench.reporting.documents import markdown_table
-from flowbench.reporting.escape import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def legend(report: ProbeReport) -> str:
 
 def to_markdown(report: ProbeReport) -> str:
     """The table and its legend."""
-    return f"{markdown_table(HEADINGS, [cells(row) for row in report.rows])}\n\n{legend(report)}\n"
+    return f"{markdown_table(HEADINGS, [cells(row) for row in report.rows])}\n\n{markdown(legend(report))}\n"
 
 
 def picture(path: Path, report: ProbeReport) -> None:

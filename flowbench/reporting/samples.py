@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from flowbench.escape import plain
+from flowbench.names import path_name
 from flowbench.reporting import style
-from flowbench.reporting.escape import plain
-from flowbench.terms import path_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

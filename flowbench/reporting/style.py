@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
 from flowbench.files import write_atomically
 from flowbench.registry import OTHER, algorithms
-from flowbench.reporting.escape import plain
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flowbench.escape import plain
 from flowbench.evaluation.statistics import LIKE
 from flowbench.reporting.columns import GAIN, Column
-from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import HEX, Workload
 from flowbench.reporting.leaderboard import Board, Table
 from flowbench.reporting.values import speaks

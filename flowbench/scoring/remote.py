@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from flowbench.prompts import Prompt, as_prompt
 from flowbench.reading.pictures import PictureError, picture_size, read_picture
 
 MAX_SIDE = 4096  # pixels; a PNG of a few kilobytes can claim gigabytes
+MAX_PIXELS = 2**28  # of all images of a request
 TOKEN = "FLOWBENCH_REWARD_TOKEN"
 
 ImageFormat = Literal["png", "float32"]
@@ -73,9 +75,10 @@ def pack(images: torch.Tensor, prompts: tuple[str, ...], format: ImageFormat, me
     return request.model_dump_json(exclude=None if metadata else {"metadata", "categories"})
 
 
-def unpack(body: bytes) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
+def unpack(body: bytes, pixels: int = MAX_PIXELS) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
     """Images (B, 3, H, W) float32 in [0, 1] and B prompts of a request's JSON body.
 
+    pixels: that all images together may have, by what they say of themselves before one of them is decoded.
     Raises FormatError.
     """
     try:
@@ -90,7 +93,9 @@ def unpack(body: bytes) -> tuple[torch.Tensor, tuple[Prompt, ...]]:
             raise FormatError(f"{len(given)} {name} for {len(request.prompts)} prompts")
     if request.format == "float32" and request.shape is None:
         raise FormatError("format float32 needs shape, [3, height, width]")
-    images = [_decode(text, request, i) for i, text in enumerate(request.images)]
+    files = [_bytes(text, i) for i, text in enumerate(request.images)]
+    _check_pixels(files, request, pixels)
+    images = [_decode(data, request, i) for i, data in enumerate(files)]
     for i, image in enumerate(images):
         if image.shape != images[0].shape:
             raise FormatError(f"image {i} has {_size(image)} pixels, image 0 has {_size(images[0])}")
@@ -113,18 +118,45 @@ def read_scores(body: bytes, count: int) -> torch.Tensor:
     return torch.tensor(reply.scores)
 
 
-def _decode(text: str, request: ScoreRequest, index: int) -> torch.Tensor:
+def _bytes(text: str, index: int) -> bytes:
     try:
-        data = base64.b64decode(text, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise FormatError(f"image {index} is not base64") from error
+
+
+def _check_pixels(files: Sequence[bytes], request: ScoreRequest, most: int) -> None:
+    """Raise FormatError for images that have too many pixels, alone or together."""
+    total = 0
+    for i, data in enumerate(files):
+        width, height = _size_of_png(data, i) if request.format == "png" else _size_of_shape(request.shape)
+        if max(width, height) > MAX_SIDE:
+            raise FormatError(f"image {i} has {width} x {height} pixels; at most {MAX_SIDE} a side")
+        total += width * height
+    if total > most:
+        raise FormatError(f"the images have {total} pixels together; at most {most} in a request")
+
+
+def _size_of_png(data: bytes, index: int) -> tuple[int, int]:
+    """Width and height that a PNG's first chunk claims (its specification, 5.3 and 11.2.1)."""
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        raise FormatError(f"image {index} is not a PNG file")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def _size_of_shape(shape: tuple[int, int, int] | None) -> tuple[int, int]:
+    assert shape is not None
+    if shape[0] != 3 or not all(0 < n <= MAX_SIDE for n in shape[1:]):
+        raise FormatError(f"shape {list(shape)} is not [3, height, width] with sides from 1 to {MAX_SIDE}")
+    return shape[2], shape[1]
+
+
+def _decode(data: bytes, request: ScoreRequest, index: int) -> torch.Tensor:
     return _from_png(data, index) if request.format == "png" else _from_floats(data, request.shape, index)
 
 
 def _from_floats(data: bytes, shape: tuple[int, int, int] | None, index: int) -> torch.Tensor:
     assert shape is not None
-    if shape[0] != 3 or not all(0 < n <= MAX_SIDE for n in shape[1:]):
-        raise FormatError(f"shape {list(shape)} is not [3, height, width] with sides from 1 to {MAX_SIDE}")
     if len(data) != 4 * shape[0] * shape[1] * shape[2]:
         raise FormatError(f"image {index} has {len(data)} bytes; shape {list(shape)} needs {4 * np.prod(shape)}")
     image = torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32).reshape(shape))

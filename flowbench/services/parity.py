@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flowbench.errors import RunError, UsageError, did_you_mean
+from flowbench.escape import markdown
 from flowbench.models.devices import pick_device
 from flowbench.registry import rewards
 from flowbench.reward import Reward, checked_score
@@ -137,7 +138,7 @@ def to_markdown(findings: Sequence[Finding]) -> str:
     for f in findings:
         bound = f"{'>' if f.control else '<='} {f.limit:.0e}" if f.limit else "0"
         kind = "control: " if f.control else ""
-        lines.append(f"| {kind}{f.what} | {f.difference:.1e} | {bound} | {'ok' if f.ok else 'FAILS'} |")
+        lines.append(f"| {markdown(kind + f.what)} | {f.difference:.1e} | {bound} | {'ok' if f.ok else 'FAILS'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -18,11 +18,11 @@ from flowbench.files import append_line
 from flowbench.models.counting import BACKWARD, FORWARD
 from flowbench.models.flow import get_sampler
 from flowbench.models.policy import Policy
+from flowbench.names import path_name
 from flowbench.prompts import Prompt
 from flowbench.reward import Reward
 from flowbench.rollout import Rollout
 from flowbench.scoring.combination import WeightedSum
-from flowbench.terms import path_name
 from flowbench.training.budget import Budget
 from flowbench.training.checkpoint import AGAIN, METRICS, Checkpoints, rescued
 from flowbench.training.collect import Collector

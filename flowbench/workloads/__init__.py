@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, first_fault
 from flowbench.prompts import locate
 from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.sections import EvaluationConfig
@@ -110,13 +110,3 @@ def load_workload(name: str, folder: Path = Path()) -> Workload:
         if workload.prompts:
             located["prompts"] = locate(workload.prompts, path.parent)
     return workload.model_copy(update=located)
-
-
-def first_fault(error: Exception) -> str:
-    """The first thing that is wrong with a file, in one line."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        known = "" if first["type"] != "extra_forbidden" else ", which is unknown"
-        return f"'{place}'{known or ': ' + first['msg'].lower()}" if place else first["msg"].lower()
-    return str(error).splitlines()[0]

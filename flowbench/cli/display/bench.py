@@ -10,6 +10,7 @@ from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.cli.display.progress import LiveProgress
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.experiments.bench import BenchReport
@@ -30,7 +31,7 @@ class BenchProgress(LiveProgress):
 def table(report: BenchReport) -> None:
     """A bench in the terminal."""
     title = f"{report.model}, {report.algorithm} on {report.reward}, {report.tuning}, {report.dtype}, {report.device}"
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    view = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("part", "seconds", "per second", "TFLOP", "of matmul", "peak GiB"):
         view.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
     for s in report.speeds:

@@ -13,8 +13,8 @@ from rich.table import Table as View
 from rich.text import Text
 
 from flowbench.cli.display.console import console
+from flowbench.escape import plain
 from flowbench.reporting.columns import Column, Form, choose
-from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import Board, Row, Table
 from flowbench.reporting.style import mark
 from flowbench.reporting.words import legend, notes, titles, verdict, warnings

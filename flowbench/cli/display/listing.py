@@ -10,10 +10,10 @@ from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.errors import UsageError, did_you_mean
+from flowbench.escape import terminal as escape
 from flowbench.models.presets import load_preset, preset_names
 from flowbench.prompts import prompt_sets, splits
 from flowbench.registry import algorithms, rewards
-from flowbench.reporting.escape import terminal as escape
 from flowbench.workloads import load_workload, workload_names
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _algorithms() -> Table:
     table = _table("algorithm", "paper", "needs", "what it is")
     for name in algorithms.names():
         info = algorithms.describe(name)
-        table.add_row(name, info.paper, ", ".join(sorted(info.needs)), info.summary)
+        table.add_row(*map(escape, (name, info.paper, ", ".join(sorted(info.needs)), info.summary)))
     return table
 
 
@@ -61,7 +61,7 @@ def _rewards() -> Table:
     for name in rewards.names():
         info = rewards.describe(name)
         marks = ["yes" if flag else "" for flag in (info.differentiable, info.truth)]
-        table.add_row(name, info.source, info.licence, *marks, info.summary)
+        table.add_row(*map(escape, (name, info.source, info.licence, *marks, info.summary)))
     return table
 
 
@@ -70,7 +70,8 @@ def _models() -> Table:
     for name in preset_names():
         p = load_preset(name)
         size = str(p.height) if p.height == p.width else f"{p.height} x {p.width}"
-        table.add_row(name, p.source, p.licence, size, str(p.num_steps), str(p.guidance_scale), p.prompts)
+        told = (name, p.source, p.licence, size, str(p.num_steps), str(p.guidance_scale), p.prompts)
+        table.add_row(*map(escape, told))
     return table
 
 
@@ -81,7 +82,7 @@ def _prompts() -> Table:
     for name in prompt_sets():
         for split in splits(FOLDER / name):
             content = load_split(name, split)
-            table.add_row(name, split, str(len(content.prompts)), content.sha256[:12])
+            table.add_row(escape(name), escape(split), str(len(content.prompts)), content.sha256[:12])
     return table
 
 
@@ -89,7 +90,8 @@ def _workloads() -> Table:
     table = _table("workload", "model", "reward", "images", "hash", "what it asks")
     for name in workload_names():
         w = load_workload(name)
-        table.add_row(f"{name}, {w.version}", w.model, w.reward, str(w.images), w.hash, w.summary)
+        told = (f"{name}, {w.version}", w.model, w.reward, str(w.images), w.hash, w.summary)
+        table.add_row(*map(escape, told))
     return table
 
 
@@ -110,7 +112,7 @@ def _runs(output: Path) -> Table:
     for config in sorted(output.rglob("config.yaml")) if output.exists() else []:
         folder = config.parent
         state = "done" if (folder / "DONE").exists() else "unfinished (continue with --resume)"
-        table.add_row(str(folder), state)
+        table.add_row(escape(str(folder)), state)
     return table
 
 
@@ -118,5 +120,6 @@ def doctor(findings: Sequence[Finding]) -> None:
     """What is there, what is missing, and what to do about it."""
     view = _table("part", "state", "what to do")
     for f in findings:
-        view.add_row(f.part, ("[green]ok[/] " if f.ok else "[yellow]missing[/] ") + f.state, f.remedy)
+        mark = "[green]ok[/] " if f.ok else "[yellow]missing[/] "
+        view.add_row(escape(f.part), mark + escape(f.state), escape(f.remedy))
     console.print(view)

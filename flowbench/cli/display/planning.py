@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flowbench.cli.display.console import console
+from flowbench.escape import terminal as escape
 from flowbench.experiments.planning.plan import GIB, Plan, usable
 
 
@@ -16,7 +17,7 @@ def show(plan: Plan) -> None:
     line = f"peak {peak.peak / GIB:.1f} GiB of tensors in phase '{peak.name}'"
     if plan.limit is not None:
         line += f"; of {plan.limit / GIB:g} GiB {usable(plan.limit) / GIB:.1f} are usable beside context and fragments"
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(escape(line), highlight=False, soft_wrap=True)
     d = plan.division
     console.print(
         f"at a time: {d.rollout} images of a rollout, {d.decode} decoded or scored, {d.microbatch} rows of an update, "
@@ -26,7 +27,7 @@ def show(plan: Plan) -> None:
     )
     console.print(_costs(plan))
     console.print(
-        f"{_time(plan.seconds)} at {plan.tflops:g} TFLOP/s ({plan.rate}); computed, not measured",
+        escape(f"{_time(plan.seconds)} at {plan.tflops:g} TFLOP/s ({plan.rate}); computed, not measured"),
         highlight=False,
         soft_wrap=True,
     )
@@ -38,7 +39,8 @@ def _memory(plan: Plan) -> Table:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in phase.resident.items())
         resident = sum(phase.resident.values()) / GIB
         peak = f"{phase.peak / GIB:.1f}"
-        table.add_row(phase.name, f"{resident:.1f}", parts, f"{phase.slice / GIB:.1f}", phase.detail, peak)
+        told = (phase.name, f"{resident:.1f}", parts, f"{phase.slice / GIB:.1f}", phase.detail, peak)
+        table.add_row(*map(escape, told))
     return table
 
 
@@ -47,7 +49,7 @@ def _costs(plan: Plan) -> Table:
     for cost in plan.costs:
         shared = not cost.flops
         table.add_row(
-            cost.purpose,
+            escape(cost.purpose),
             f"{cost.number:,}",
             f"{cost.evaluations:,}" if cost.evaluations else "",
             "" if shared else f"{cost.flops / 1e15:,.2f}",

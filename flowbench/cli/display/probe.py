@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.cli.display.progress import LiveProgress
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.experiments.probe import ProbeListener, ProbeReport
@@ -48,7 +48,7 @@ def table(report: ProbeReport) -> None:
     console.print(view)
     if not wide:
         console.print("intervals: widen the terminal, or --format markdown", highlight=False)
-    console.print(legend(report), highlight=False)
+    console.print(escape(legend(report)), highlight=False)
     for row in report.rows:
         if row.failure:
             console.print(f"[red]{escape(f'{row.algorithm}: {row.failure}')}[/]", soft_wrap=True)

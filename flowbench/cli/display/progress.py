@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowbench.cli.display.console import console
 from flowbench.config import RunConfig
+from flowbench.escape import plain
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.experiments.run import Listener
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 
 def _progress(out: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=out,
@@ -43,9 +45,10 @@ class LiveProgress:
         self.progress.stop()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Set a named bar."""
+        """Set a named bar; name and note are shown as text."""
+        note = plain(note)
         if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(name, total=total, note=note)
+            self.tasks[name] = self.progress.add_task(plain(name), total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, total=total, note=note)
         if not self.progress.console.is_terminal:
             self._log(name, done, total, note)
@@ -55,7 +58,7 @@ class LiveProgress:
         tenth = 10 * done // max(total, 1)
         if tenth > self.tenths.get(name, 0):
             self.tenths[name] = tenth
-            self.progress.console.print(f"{name} {done}/{total} {note}".rstrip(), highlight=False, markup=False)
+            self.progress.console.print(f"{plain(name)} {done}/{total} {note}".rstrip(), highlight=False, markup=False)
 
 
 class RunProgress(LiveProgress):
@@ -74,7 +77,8 @@ class RunProgress(LiveProgress):
     def _start(self, iteration: int, iterations: int) -> None:
         self.iterations = iterations
         c = self.config
-        self.progress.console.print(f"{c.algorithm} on {c.reward}, {c.model}, seed {c.seed}: {iterations} iterations")
+        line = f"{c.algorithm} on {c.reward}, {c.model}, seed {c.seed}: {iterations} iterations"
+        self.progress.console.print(escape(line))
         self.show("training", iteration, iterations)
 
     def _iteration(self, log: IterationLog) -> None:

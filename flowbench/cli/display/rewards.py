@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from flowbench.cli.display.console import console
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.scoring.workers.management import Overlay
@@ -34,7 +34,7 @@ class _Progress:
         if self.status:
             self.status.update(escape(note))
         else:
-            console.print(note, highlight=False, markup=False, soft_wrap=True)
+            console.print(escape(note), highlight=False, soft_wrap=True)
 
 
 class InstallProgress(_Progress):
@@ -60,7 +60,8 @@ def environments(overlays: Sequence[Overlay]) -> None:
         table.add_column(heading, overflow="fold")
     for o in overlays:
         size = f"{o.megabytes:.0f}" if o.megabytes else ""
-        table.add_row(o.info.name, str(o.state), size, o.info.licence, ", ".join(o.info.requirements))
+        told = (o.info.name, str(o.state), size, o.info.licence, ", ".join(o.info.requirements))
+        table.add_row(*map(escape, told))
     console.print(table)
     shared = {o.folder for o in overlays if [p.folder for p in overlays].count(o.folder) > 1}
     if shared:
@@ -70,13 +71,15 @@ def environments(overlays: Sequence[Overlay]) -> None:
 def installed(overlays: Sequence[Overlay]) -> None:
     """Where the environments are."""
     for o in overlays:
-        console.print(f"{o.info.name}: {o.state}, {o.megabytes:.0f} MB in {o.folder}", highlight=False, soft_wrap=True)
+        line = f"{o.info.name}: {o.state}, {o.megabytes:.0f} MB in {o.folder}"
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def removed(overlays: Sequence[Overlay]) -> None:
     """What is gone."""
     for o in overlays:
-        console.print(f"{o.info.name}: removed {o.megabytes:.0f} MB from {o.folder}", highlight=False, soft_wrap=True)
+        line = f"{o.info.name}: removed {o.megabytes:.0f} MB from {o.folder}"
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def parity(findings: Sequence[Finding], output: Path | None) -> None:
@@ -92,5 +95,5 @@ def parity(findings: Sequence[Finding], output: Path | None) -> None:
     for f in findings:
         bound = f"{'>' if f.control else '<='} {f.limit:.0e}" if f.limit else "0"
         mark = "[green]ok[/]" if f.ok else "[red]FAILS[/]"
-        table.add_row(("control: " if f.control else "") + f.what, f"{f.difference:.1e}", bound, mark)
+        table.add_row(escape(("control: " if f.control else "") + f.what), f"{f.difference:.1e}", bound, mark)
     console.print(table)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.config import RunConfig
+from flowbench.escape import terminal as escape
 from flowbench.terms import UNGUIDED, plain_metric, trained_metrics
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def dry_run(config: RunConfig, plan: Plan | None = None) -> None:
     """The resolved configuration and its cost; with its memory and time if they were computed."""
     from flowbench.experiments.planning.counts import count
 
-    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).strip(), highlight=False)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).strip()  # YAML itself escapes what is unseen
+    console.print(text, highlight=False, markup=False)
     counts, t = count(config), config.training
     console.print(
         f"cost: {t.images} training images ({counts.training.total} function evaluations to sample them) in "
@@ -53,7 +55,7 @@ def scores(record: Record, folder: Path) -> None:
     )
     parts = ("record.json", "curves.png", "metrics.png", "frontier.png", "samples/", "checkpoints/tuned/")
     there = ", ".join(part for part in parts if (folder / part).exists())
-    console.print(f"{folder}: {there}", highlight=False, soft_wrap=True)
+    console.print(escape(f"{folder}: {there}"), highlight=False, soft_wrap=True)
 
 
 def evaluation(result: Evaluation) -> None:
@@ -61,18 +63,17 @@ def evaluation(result: Evaluation) -> None:
     if result.scores:
         score_table(result.scores, result.trained_on, result.title, result.held_out)
         return
-    table = Table(title=result.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(result.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("metric", "mean", "95 % interval", "prompts", "images"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for metric, s in result.images.items():
-        low, high = s.ci95
-        table.add_row(metric, _number(s.mean), f"{_number(low)}, {_number(high)}", str(s.prompts), str(s.images))
+        table.add_row(escape(metric), _number(s.mean), _interval(s.ci95), str(s.prompts), str(s.images))
     console.print(table)
 
 
 def score_table(values: Mapping[str, Score], reward: str | None, title: str, held_out: Sequence[str] = ()) -> None:
     """Base, tuned and difference with its interval per metric and split; then the oracle's verdicts per category."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True, max_width=22)
     table.add_column("split", no_wrap=True)
     for heading in ("base", "tuned", "change", "95 % interval"):
@@ -82,14 +83,13 @@ def score_table(values: Mapping[str, Score], reward: str | None, title: str, hel
     marks = dict.fromkeys(held_out, " °") | dict.fromkeys(trained_on, " *")
     for metric, split in sorted(plain, key=lambda pair: list(dict.fromkeys(m for m, _ in plain)).index(pair[0])):
         s = values[f"{metric}/{split}"]
-        low, high = s.diff_ci95
         table.add_row(
-            metric + marks.get(plain_metric(metric), ""),
-            _short(split),
+            escape(metric + marks.get(plain_metric(metric), "")),
+            escape(_short(split)),
             _number(s.base),
             _number(s.tuned),
             _colored(_number(s.tuned - s.base, "+"), s, plain=plain_metric(metric) in ("w2", "kl")),
-            f"{_number(low, '+')}, {_number(high, '+')}",
+            _interval(s.diff_ci95, "+"),
         )
     console.print(table)
     legend = [f"{mark.strip()} {name}" for mark, name in MARKS.items() if mark in marks.values()]
@@ -111,10 +111,10 @@ def _category_table(values: Mapping[str, Score]) -> Table:
     table.add_column("category", no_wrap=True)
     columns = [(m, s) for s in splits_ for m in metrics]
     for metric, split in columns:
-        table.add_column(f"{_short(split)} {metric.removeprefix('oracle_')}", no_wrap=True)
+        table.add_column(escape(f"{_short(split)} {metric.removeprefix('oracle_')}"), no_wrap=True)
     for category in categories:
         cells = [values.get(f"{metric}/{split}/{category}") for metric, split in columns]
-        table.add_row(category, *(_change(s) if s else "" for s in cells))
+        table.add_row(escape(category), *(_change(s) if s else "" for s in cells))
     return table
 
 
@@ -124,9 +124,13 @@ def _change(s: Score) -> str:
 
 def _colored(text: str, s: Score, plain: bool = False) -> str:
     """Green or red when the interval of the difference lies on one side of zero."""
-    low, high = s.diff_ci95
+    low, high = s.diff_ci95 or (0.0, 0.0)
     color = "" if plain else "green" if low > 0 else "red" if high < 0 else ""
     return f"[{color}]{text}[/]" if color else text
+
+
+def _interval(ends: tuple[float, float] | None, sign: str = "") -> str:
+    return "of one prompt" if ends is None else f"{_number(ends[0], sign)}, {_number(ends[1], sign)}"
 
 
 def _number(value: float, sign: str = "") -> str:

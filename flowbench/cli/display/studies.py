@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.cli.display.progress import LiveProgress, RunProgress
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.conformance import Finding
@@ -79,9 +79,9 @@ def duration(seconds: float) -> str:
 
 
 def _table(title: str, *headings: str) -> Table:
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    view = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        view.add_column(heading, overflow="fold")
+        view.add_column(escape(heading), overflow="fold")
     return view
 
 
@@ -110,7 +110,7 @@ def ablation(table: Sequence[Row]) -> None:
     console.print(view)
     if not wide:
         console.print("intervals: widen the terminal, or --format markdown or csv", highlight=False)
-    console.print(legend(table), highlight=False)
+    console.print(escape(legend(table)), highlight=False)
     for line in failures(table):
         console.print(f"[red]{escape(line)}[/]", soft_wrap=True)
 
@@ -128,7 +128,7 @@ def checklist(findings: Iterable[Finding]) -> bool:
             for finding in group:
                 status = finding.verdict.status
                 statuses.append(status)
-                view.add_row(finding.claim, f"[{colors[status]}]{status}[/]", escape(finding.verdict.reason))
+                view.add_row(escape(finding.claim), f"[{colors[status]}]{status}[/]", escape(finding.verdict.reason))
         if not console.is_terminal:
             console.print()
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in Status if status in statuses)

@@ -8,11 +8,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from flowbench.cli.display.console import console
 from flowbench.cli.display.studies import plan as plan_jobs
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.evaluation.statistics import Interval

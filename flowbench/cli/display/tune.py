@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flowbench.cli.display.console import console
-from flowbench.reporting.escape import terminal as escape
+from flowbench.escape import terminal as escape
 
 if TYPE_CHECKING:
     from flowbench.experiments.tuning.plan import SearchPlan

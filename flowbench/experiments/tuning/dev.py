@@ -6,8 +6,8 @@ from typing import Any
 
 from flowbench.errors import RunError
 from flowbench.experiments.tuning.selection import DevResult
+from flowbench.names import path_name
 from flowbench.record import Record
-from flowbench.terms import path_name
 
 DIVERSITY = "diversity"
 

@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
+from flowbench.escape import csv as csv_text
 from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.files import write_atomically
 from flowbench.reading.documents import DocumentError, read_yaml
-from flowbench.reporting.escape import csv as csv_text
 from flowbench.workloads import Workload, first_fault
 
 TRIALS, CHOSEN, STUDIES = "trials.csv", "chosen.yaml", "studies.yaml"

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
-from flowbench.errors import UsageError, did_you_mean
+from flowbench.errors import UsageError, did_you_mean, first_fault
 from flowbench.models.families import family_entry
 from flowbench.models.presets.undescribed import described, find_pipeline, is_hub_id
+from flowbench.names import component_fault
 from flowbench.prompts import prompt_sets
 from flowbench.reading.documents import MAX_BYTES, DocumentError, parse_yaml
 from flowbench.reading.texts import TextError, read_text
@@ -40,7 +41,7 @@ class ModelPreset(BaseModel):
     random_init: weights, also those of the rewards, are drawn at random instead of read; to measure, not to compare.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     added_later: ClassVar = frozenset({"cpu_dtype", "family", "random_init", "sigma_spacing"})
 
     name: str
@@ -49,7 +50,7 @@ class ModelPreset(BaseModel):
     revision: str | None = None
     licence: str
     resolution: PositiveInt | tuple[PositiveInt, PositiveInt]
-    num_steps: int
+    num_steps: PositiveInt
     guidance_scale: float
     sigma_spacing: Literal["pipeline", "linspace"] = OWN_SPACING
     max_sequence_length: int
@@ -63,6 +64,14 @@ class ModelPreset(BaseModel):
     like: str | None = None
     algorithms: dict[str, dict[str, dict[str, Any]]] = {}
     random_init: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _is_part_of_a_path(cls, value: str) -> str:
+        """The run folder has it as a component."""
+        if fault := component_fault(value):
+            raise ValueError(f"{value!r}: a name {fault}")
+        return value
 
     @field_validator("resolution")
     @classmethod
@@ -153,7 +162,10 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
     if not path.is_file():
         folder = find_pipeline(name, resolve_weights(name))
         if folder is not None:
-            return ModelPreset.model_validate(described(name, folder))
+            try:
+                return ModelPreset.model_validate(described(name, folder))
+            except ValidationError as error:
+                raise UsageError(f"model '{name}' cannot be described: {first_fault(error)}") from error
         raise UsageError(f"unknown model '{name}'{_remedy(name)}")
     try:
         content = deepcopy(_parsed(read_text(path, MAX_BYTES)))

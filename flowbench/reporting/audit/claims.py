@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flowbench.escape import markdown
 from flowbench.evaluation.statistics import Interval
 from flowbench.record import Record
 from flowbench.reporting.audit.ablations import light_critic_suffices, prevents_collapse, studies
@@ -17,7 +18,6 @@ from flowbench.reporting.audit.comparisons import (
 )
 from flowbench.reporting.columns import NOTHING, interval_text, number
 from flowbench.reporting.documents import markdown_rows
-from flowbench.reporting.escape import markdown
 from flowbench.reporting.leaderboard import Table
 
 HEAD = f"""# What holds of AC-Flow's claims

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flowbench.escape import markdown
 from flowbench.evaluation.statistics import Interval
+from flowbench.names import path_name
 from flowbench.reporting import style
 from flowbench.reporting.audit.judges import Judge, judges
 from flowbench.reporting.audit.optimisation import Path as Way
 from flowbench.reporting.audit.optimisation import Step, paths
 from flowbench.reporting.columns import NOTHING, interval_text
 from flowbench.reporting.documents import markdown_rows
-from flowbench.reporting.escape import markdown
 from flowbench.reporting.leaderboard import Board, Table
 from flowbench.reporting.words import titles
-from flowbench.terms import path_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flowbench.evaluation.statistics import Interval
+from flowbench.names import path_name
 from flowbench.record import Record
 from flowbench.reporting.groups import Group
 from flowbench.reporting.leaderboard import EXACT, TRUTH, Table, over_seeds
 from flowbench.reporting.targets import DIVERSITY
-from flowbench.terms import path_name, trained_metrics
+from flowbench.terms import trained_metrics
 
 DISTANCES = ("w2", "kl")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 
 from flowbench.errors import RunError, UsageError
+from flowbench.escape import plain
 from flowbench.record import Record
 from flowbench.registry import algorithms
-from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import differences
 from flowbench.reporting.leaderboard import Board
 from flowbench.reporting.page import data

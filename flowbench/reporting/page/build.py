@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from flowbench.escape import plain
 from flowbench.evaluation.statistics import LIKE, Over
 from flowbench.record import RANDOM, Record
-from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import HEX
 from flowbench.reporting.leaderboard import Board, board
 from flowbench.reporting.page import about, curves, data, verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowbench.reporting.escape import plain
+from flowbench.escape import plain
 from flowbench.reporting.leaderboard import Board, Table
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
 from flowbench.prompts.sets import available_splits, load_split, prompt_sets
 from flowbench.reading.pictures import PictureError, read_pixels
 from flowbench.record import Record, load_record
-from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import TRUTH, Board, Table
 from flowbench.reporting.page import data
 from flowbench.reporting.page.naming import names_of, short_names

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from flowbench.escape import plain
 from flowbench.evaluation.statistics import Pair
-from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import Table
 
 SIZE = 0.05  # of the corrected tests

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from flowbench.escape import plain
 from flowbench.evaluation.statistics import Gains, Interval, probability_of_improvement, rank_correlation
 from flowbench.evaluation.statistics import Pair as Compared
 from flowbench.evaluation.statistics import interquartile_mean as middle
 from flowbench.record import Record
-from flowbench.reporting.escape import plain
 from flowbench.reporting.leaderboard import EXACT, HELD_OUT, TRUTH, Row, Table
 from flowbench.reporting.page import curves, data, verdict
 from flowbench.reporting.page.naming import names_of

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
+from flowbench.names import path_name
 from flowbench.published import LARGEST, as_text, shortened
 from flowbench.record import Record, load_record, write_atomically
-from flowbench.reporting.escape import plain
-from flowbench.terms import path_name
 
 VERSION = "v1"
 MANIFEST = "MANIFEST"

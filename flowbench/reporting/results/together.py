@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from flowbench.errors import UsageError
+from flowbench.escape import plain
 from flowbench.record import Record
-from flowbench.reporting.escape import plain
 from flowbench.reporting.groups import mixtures
 from flowbench.reporting.leaderboard import board
 from flowbench.reporting.results.single import faults_of as faults_of_one

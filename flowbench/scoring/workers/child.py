@@ -54,7 +54,7 @@ class Server:
                 case Backward():
                     return self._backward(request)
             raise RunError(f"a worker does not answer {type(request).__name__}")
-        except Exception as error:  # noqa: BLE001 - the parent raises it again
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the parent raises it again
             lines = str(error).strip().splitlines() or [""]
             return Failed(type(error).__name__, lines[0], traceback.format_exc())
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from flowbench.hooks import hook
 from flowbench.registry import Plugin, RewardInfo, is_url, rewards
 from flowbench.reward import Reward
 from flowbench.scoring.workers.environment import Environment
@@ -35,7 +36,8 @@ def make_reward(name: str, arguments: Mapping[str, Any]) -> Reward:
     if is_url(name):
         given = {"url": name, **given}
     plugin = rewards.get(name if backend == "native" else f"{name}-{backend}")
-    reward = plugin.cls(**given)
+    with hook(f"reward '{name}'", "__init__", plugin.cls, passed=(TypeError,)):
+        reward: Reward = plugin.cls(**given)
     return WorkerReward(plugin, given, reward) if plugin.info.requirements else reward
 
 
