@@ -172,6 +172,23 @@ def kill_and_repeat(suite: Path, output: Path, kills: int, seed: int, *arguments
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
+def test_a_suite_that_is_terminated_saves_what_its_workers_did_and_leaves_none_behind(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+):
+    suite, expected = undisturbed
+    process = start_suite(suite, tmp_path / "runs", "--jobs", "2")
+    while process.poll() is None and progress(tmp_path / "runs") < 3:
+        time.sleep(0.01)
+    process.terminate()  # the parent alone
+    assert process.wait(timeout=120) == 143
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert "flowbench: interrupted; finished runs are kept" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    kill_and_repeat(suite, tmp_path / "runs", 0, 0)
+    assert results(tmp_path / "runs") == expected
+
+
 def progress(output: Path) -> int:
     """Iterations and records of all runs."""
     with contextlib.suppress(OSError):  # folders come and go
@@ -451,6 +468,26 @@ def test_the_built_in_suites_are_those_of_the_rules(tmp_path: Path):
     }
     assert counts["plane-linear"] == counts["plane-quadratic"] == 10
     assert len(all_jobs(planned_builtin("rehearsal", tmp_path))) == 24
+
+
+def test_a_suite_is_one_commands_at_a_time(flowbench_main: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    suite = tiny_suite(tmp_path, seeds=1)
+    with locked(tmp_path / "runs" / ".suite-suite", beside=True):
+        assert flowbench_main("suite", "run", suite, "--output", tmp_path / "runs") == 1
+    assert f"is in use by process {os.getpid()} on " in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_makes_is_left_alone_and_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("flowbench.experiments.jobs.BUSY_SECONDS", 0.0)
+    (job, *_) = all_jobs(planned(tiny_suite(tmp_path, seeds=1), tmp_path / "runs"))
+    with locked(job.folder):
+        assert job.state == "running"
+        (outcome,) = run_jobs([job], StudyListener())
+    assert "is in use by process" in (outcome.failure or "")
+    assert job.state == "interrupted"
+    assert [path.name for path in job.folder.iterdir()] == [".lock"]
 
 
 def planned_builtin(name: str, output: Path) -> list[Cell]:

@@ -26,7 +26,7 @@ from flowbench.algorithm import (
     register_algorithm,
 )
 from flowbench.config import RunConfig
-from flowbench.errors import RunInterruptedError, UsageError
+from flowbench.errors import BusyError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics.search import expected_best
 from flowbench.experiments.jobs import Job, Outcome
 from flowbench.experiments.study import StudyListener
@@ -34,10 +34,11 @@ from flowbench.experiments.tuning import search
 from flowbench.experiments.tuning.dev import dev_result
 from flowbench.experiments.tuning.files import median_gain, read_chosen
 from flowbench.experiments.tuning.plan import SearchPlan, search_plan
-from flowbench.experiments.tuning.search import Places, attempt_of
+from flowbench.experiments.tuning.search import Places, attempt_of, study_folder
 from flowbench.experiments.tuning.selection import Candidate, DevResult, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
 from flowbench.experiments.tuning.tune import planned, tune
+from flowbench.locks import locked
 from flowbench.record import Point, Record, Score, Spent, load_record
 from flowbench.registry import algorithms
 from flowbench.workloads import Workload, load_workload
@@ -159,6 +160,15 @@ def small_plan(**changed: Any) -> SearchPlan:
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
+def test_a_search_is_one_processs_at_a_time(quick: str, tmp_path: Path):
+    where, plan = places(tmp_path), small_plan()
+    assert where.logs is not None
+    folder = study_folder(where.logs, quick, plan, 0)
+    with locked(folder), pytest.raises(BusyError, match=r"the search in .* is in use by process"):
+        tune([quick], plan, where, run=Runner())
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
 def test_a_search_ends_with_the_best_trial_that_keeps_diversity(quick: str, tmp_path: Path):
     runner = Runner()
     (result,) = tune([quick], small_plan(), places(tmp_path), run=runner)
@@ -177,7 +187,7 @@ def test_a_search_ends_with_the_best_trial_that_keeps_diversity(quick: str, tmp_
 def test_a_search_leaves_its_log_its_trials_its_choice_and_a_picture(quick: str, tmp_path: Path):
     tune([quick], small_plan(), places(tmp_path), run=Runner(failing=[1]))
     folder = tmp_path / "search" / "mini-sd3" / "quick"
-    names = {"journal.log", "trials.csv", "chosen.yaml", "search.svg", "search-dark.svg"}
+    names = {".lock", "journal.log", "trials.csv", "chosen.yaml", "search.svg", "search-dark.svg"}
     assert {path.name for path in folder.iterdir()} == names
     drawn = (folder / "search.svg").read_text(encoding="utf-8")
     assert all(text in drawn for text in ("algorithm.tau", "0.001", "best of k trials", "the star is the selected"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from flowbench.config import PRESET, RunConfig
+from flowbench.config import PRESET, EvaluationConfig, RunConfig, TrainingConfig
 from flowbench.errors import UsageError
 from flowbench.files import TEMPORARY, remove_unfinished, write_atomically
 from flowbench.locks import HOLDER, LOCK, locked
@@ -30,6 +30,9 @@ WRITTEN = (
     *("curves.*", "metrics.png", "frontier.*", "samples/*.png", "images/images.csv", "images/*/*.png"),
     *("tracking-id", "tensorboard/*", "wandb/*", "dvclive/*", "swanlog/*", f"*{TEMPORARY}*"),
 )
+# Settings in which runs of one folder may differ.
+FREE = {"device", *(f"training.{name}" for name in TrainingConfig.divides | TrainingConfig.observes)}
+FREE |= {f"evaluation.{name}" for name in EvaluationConfig.divides | EvaluationConfig.observes}
 LOOKED_AT = 500  # folders, for the nearest run
 
 
@@ -120,7 +123,8 @@ def _instead(folder: Path, config: RunConfig) -> str:
                 theirs = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, yaml.YAMLError, AttributeError):
                 continue
-            differs = [key for key in {**wanted, **theirs} if wanted.get(key) != theirs.get(key)]
+            deciding = [key for key in {**wanted, **theirs} if key not in FREE]
+            differs = [key for key in deciding if wanted.get(key) != theirs.get(key)]
             found.append((len(differs), str(path.parent), [(key, theirs.get(key), wanted.get(key)) for key in differs]))
         if found:
             count, nearest, differences = min(found, key=lambda each: each[:2])
