@@ -16,6 +16,7 @@ from flowbench.builders.measure import mutation_accuracy, retrieval_top1, vae_ro
 from flowbench.config import EvaluationConfig
 from flowbench.evaluation.protocol import Judges, score_split
 from flowbench.models.families import load_pipeline
+from flowbench.models.loading import load_network
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
@@ -31,7 +32,7 @@ def write_cards(folder: Path) -> None:
 
 def sd3_scores(folder: Path) -> dict[str, float]:
     """VAE round trip, and the oracle's verdicts on samples for each prompt split."""
-    psnr, survival = vae_round_trip(AutoencoderKL.from_pretrained(folder / "vae"))
+    psnr, survival = vae_round_trip(load_network(AutoencoderKL, folder / "vae", torch.float32))
     scores = {"VAE PSNR on held-out renders, dB": psnr, "verdicts that survive the VAE": survival}
     preset = load_preset("mini-sd3").model_copy(update={"source": str(folder)})
     policy = Policy(load_pipeline(preset, torch.device("cpu")), preset)
