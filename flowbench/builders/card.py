@@ -17,6 +17,7 @@ from flowbench.config import EvaluationConfig
 from flowbench.evaluation.protocol import Judges, score_split
 from flowbench.files import write_atomically
 from flowbench.models.families import load_pipeline
+from flowbench.models.loading import load_network
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
@@ -32,7 +33,7 @@ def write_cards(folder: Path) -> None:
 
 def sd3_scores(folder: Path) -> dict[str, float]:
     """VAE round trip, and the oracle's verdicts on samples for each prompt split."""
-    psnr, survival = vae_round_trip(AutoencoderKL.from_pretrained(folder / "vae"))
+    psnr, survival = vae_round_trip(load_network(AutoencoderKL, folder / "vae", torch.float32))
     scores = {"VAE PSNR on held-out renders, dB": psnr, "verdicts that survive the VAE": survival}
     preset = load_preset("mini-sd3").model_copy(update={"source": str(folder)})
     policy = Policy(load_pipeline(preset, torch.device("cpu")), preset)

@@ -21,6 +21,7 @@ from flowbench.builders.tokenizer import build_tokenizer
 from flowbench.files import write_atomically
 from flowbench.models.devices import pick_device
 from flowbench.models.families import load_pipeline
+from flowbench.models.loading import load_network
 from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.prompts import load_split
@@ -86,7 +87,7 @@ def _assemble(
     if "vae" in stages:
         autoencoder = vae.train_vae(work, seed, device, progress)
     else:
-        autoencoder = AutoencoderKL.from_pretrained(shipped / "vae").to(device)
+        autoencoder = load_network(AutoencoderKL, shipped / "vae", torch.float32).to(device)
     if "text" in stages:
         clip_folder = folder if (folder / "mini-clip").is_dir() else weights_folder()
         locked = open_clip.create_model(f"local-dir:{clip_folder / 'mini-clip'}").eval().to(device)
@@ -94,12 +95,12 @@ def _assemble(
         first, second = towers.first, towers.second
     else:
         first, second = (
-            CLIPTextModelWithProjection.from_pretrained(shipped / name).to(device)
+            load_network(CLIPTextModelWithProjection, shipped / name, torch.float32).to(device)
             for name in ("text_encoder", "text_encoder_2")
         )
     torch.manual_seed(seed + 3)
     new = transformer.new_transformer(2 * text.WIDTH)
-    backbone = new if "transformer" in stages else new.from_pretrained(shipped / "transformer")
+    backbone = new if "transformer" in stages else load_network(type(new), shipped / "transformer", torch.float32)
     return StableDiffusion3Pipeline(
         transformer=backbone.to(device),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -53,7 +53,7 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module
         for file in sorted(folder.glob("*.safetensors")):
             _named(file, check_dtypes, file)
         spelled = {"torch_dtype" if kind.__module__.startswith("diffusers.") else "dtype": dtype}
-        with _quiet():
+        with quiet():
             module, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **spelled)
         unexpected = [name for name in info["unexpected_keys"] if name not in HEADS]
         check_keys(info["missing_keys"], unexpected)
@@ -88,7 +88,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers warns of missing weights in a table of many lines; they are an error here, in one."""
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     levels = [logger.level for logger in loggers]

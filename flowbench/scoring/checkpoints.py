@@ -16,7 +16,7 @@ import torch
 
 from flowbench.errors import RunError, UsageError
 from flowbench.files import write_atomically
-from flowbench.models.loading import brief
+from flowbench.models.loading import brief, quiet
 from flowbench.models.presets import EMBEDDED, resolve_weights
 from flowbench.reading import tensors
 from flowbench.reading.tensors import TensorError
@@ -177,7 +177,8 @@ def load_pretrained(reward: str, kind: Any, source: str) -> Any:
     is_model = hasattr(kind, "base_model_prefix") or kind.__name__.startswith("AutoModel")
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
-        loaded = kind.from_pretrained(place, **(options if is_model else {}))
+        with quiet():
+            loaded = kind.from_pretrained(place, **(options if is_model else {}))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise RunError(f"reward '{reward}' cannot load '{source}': {brief(error)}; {remedy(source)}") from error
     if not is_model:
