@@ -71,6 +71,14 @@ def weights(folder: Path) -> list[torch.Tensor]:
     return load_state(folder / CHECKPOINT)["policy"]["current"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_git() -> Iterator[None]:
+    """Asking for the commit takes as long as a run of these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flowbench.experiments.outcome.code_commit", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
@@ -158,7 +166,7 @@ def test_a_run_that_crashes_at_any_write_is_continued_to_the_same_log_and_record
         continued(folder)
         assert_same(folder, whole)
         k += 1
-    assert k > 20  # configuration, inputs, checkpoints, six lines, points, tuned weights, record, DONE
+    assert k > 16  # configuration, inputs, checkpoints, six lines, points, tuned weights, record, DONE
 
 
 @pytest.mark.slow
@@ -350,8 +358,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     newest.write_bytes(content)
     execute(config, tmp_path / "run", "", resume=True)
     assert "is damaged: its content is not that of its checksum; the run goes on from the one before" in caplog.text
-    assert "iteration 3" in caplog.text
-    assert before.name == "iteration-000003.safetensors"
+    assert "iteration 2" in caplog.text
+    assert before.name == "iteration-000002.safetensors"
     assert_same(tmp_path / "run", whole)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from flowbench.errors import RunError, UsageError
-from flowbench.files import write_atomically
+from flowbench.files import flush, write_atomically
 from flowbench.training.budget import Budget
 from flowbench.training.state import FrozenState, freeze, load_state
 
@@ -125,6 +125,7 @@ class Checkpoints:
         path, count = self.folder / CHECKPOINT, self.trainer.config.training.keep_checkpoints or KEPT
         if count > 1 and self.saved is not None and not self._spoiled and path.is_file():
             _name_also(path, self.folder / EARLIER.replace("*", f"{self.saved:06d}"))
+        flush(self.folder / METRICS)  # a checkpoint is never ahead of its log
         state.save(path)
         self.saved, self._spoiled = iteration, False
         self.keep_only(count)

@@ -116,8 +116,6 @@ class Trainer:
         """Score the averaged policy, or for iteration 0 the base model, if that is a point that is due."""
         if self.points is None or not self.points.due(iteration):
             return
-        if self.iteration:
-            self.save()  # whatever fails on the way loses no training
         with self.updater.average.in_use():
             self.points.measure(iteration, self.budget)
         if self.iteration:
