@@ -507,6 +507,20 @@ def test_a_run_that_begins_where_nothing_can_be_continued_leaves_other_peoples_f
     assert (folder / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_a_run_whose_checkpoints_are_gone_begins_anew_with_an_empty_log(whole: Path, tmp_path: Path):
+    config = interrupted(tmp_path / "run")
+    for path in checkpoint_files(tmp_path / "run"):
+        path.unlink()
+    execute(config, tmp_path / "run", "", resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_record_has_the_command_that_makes_the_run_however_often_it_was_interrupted(tmp_path: Path):
+    config = interrupted(tmp_path / "run")
+    record = execute(config, tmp_path / "run", "flowbench run nft --set 'a=b c' --resume --seed 3", resume=True)
+    assert record.command == "flowbench run nft --set 'a=b c' --seed 3"
+
+
 def test_a_picture_that_cannot_be_drawn_costs_no_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

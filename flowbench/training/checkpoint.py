@@ -85,7 +85,9 @@ class Checkpoints:
         return self.saved
 
     def restore(self) -> bool:
-        """Go on from the newest checkpoint that is whole, if there is one; log lines after it are dropped.
+        """Go on from the newest checkpoint that is whole, or else from the beginning; log lines after it are dropped.
+
+        Whether there is one, it says.
 
         Every process reads it, so that machines need the folder in common. Raises UsageError for a checkpoint of other
         settings, RunError when all are damaged.
@@ -107,6 +109,8 @@ class Checkpoints:
             return True
         if damaged:
             raise RunError(f"{damaged[0]}, and there is no other to fall back on; begin anew with --overwrite")
+        if self.trainer.processes.is_main and (self.folder / METRICS).is_file():
+            _cut_log(self.folder / METRICS, 0)
         return False
 
     def keep_only(self, count: int) -> None:
