@@ -37,7 +37,7 @@ def write_atomically(path: Path, content: Content, *, durable: bool = True) -> N
             content(temporary)
             os.chmod(temporary, mode)  # a library may have made another file of that name, with a mode of its own
             if durable:
-                _flush(temporary)
+                flush(temporary)
         else:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: Content, *, durable: bool = True) -> N
                     os.fsync(descriptor)
         os.replace(temporary, path)
     if durable:
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def write_folder(folder: Path, content: Callable[[Path], object]) -> None:
@@ -64,20 +64,21 @@ def write_folder(folder: Path, content: Callable[[Path], object]) -> None:
         content(new)
         for file in (path for path in new.rglob("*") if path.is_file() and not path.is_symlink()):
             os.chmod(file, 0o666 & ~mask)
-            _flush(file)
+            flush(file)
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-    _flush(folder.parent)
+    flush(folder.parent)
 
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log: all of it, or on an error nothing. What a killed process wrote of one is overwritten.
 
-    Raises UsageError for a device or a link of somebody else; OSError when it cannot be written.
+    It is on its way to the disk when this returns; `flush` waits until it is there. Raises UsageError for a device or a
+    link of somebody else; OSError when it cannot be written.
     """
     path = _destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,6 @@ def append_line(path: Path, line: str) -> None:
             file.write(line.encode() + b"\n")
             file.truncate()
             file.flush()
-            os.fsync(descriptor)
         except BaseException:
             with suppress(OSError):
                 os.ftruncate(descriptor, end)
@@ -124,6 +124,25 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names where the system knows how, on the disk; nothing where there is none.
+
+    Raises OSError for a file whose content does not get there.
+    """
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not folder:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _destination(path: Path) -> Path:
@@ -166,16 +185,3 @@ def _whole_lines(file: Any) -> int:
             return start + place + 1
         end = start
     return 0
-
-
-def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return  # not every system opens folders
-    try:
-        with suppress(OSError):  # nor flushes them
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -162,11 +162,18 @@ class _Request:
     overwrite: bool
 
     @property
+    def plain(self) -> str:
+        """The command that makes the same run where there is none: how often it was interrupted is no part of it."""
+        try:
+            words = shlex.split(self.command)
+        except ValueError:  # it is no command
+            return self.command
+        return shlex.join(word for word in words if word not in ("--resume", "--overwrite"))
+
+    @property
     def again(self) -> str:
         """How to go on after an interruption."""
-        words = [word for word in shlex.split(self.command) if word not in ("--resume", "--overwrite")]
-        command = shlex.join([*words, "--resume"])
-        return f"continue with: {command}" if words and command.isprintable() else AGAIN
+        return f"continue with: {self.plain} --resume" if self.plain and self.plain.isprintable() else AGAIN
 
 
 def _execute(request: _Request, listener: Listener, processes: Processes, held: ExitStack) -> Record:
@@ -226,7 +233,7 @@ def _execute(request: _Request, listener: Listener, processes: Processes, held: 
         outcome = Evaluated(pairs, scores, seconds, evaluations)
         used = [train_prompts, *splits]
         cut = len(policy.texts.cut)
-        record = make_record(config, request.command, reward, judges, used, dev, outcome, budget, costs, way, cut)
+        record = make_record(config, request.plain, reward, judges, used, dev, outcome, budget, costs, way, cut)
         if processes.is_main:
             record.save(folder / RECORD)
             write_atomically(folder / DONE, "")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from flowbench.errors import RunError, UsageError
-from flowbench.files import write_atomically
+from flowbench.files import flush, write_atomically
 from flowbench.training.budget import Budget
 from flowbench.training.state import FrozenState, freeze, load_state
 
@@ -85,7 +85,9 @@ class Checkpoints:
         return self.saved
 
     def restore(self) -> bool:
-        """Go on from the newest checkpoint that is whole, if there is one; log lines after it are dropped.
+        """Go on from the newest checkpoint that is whole, or else from the beginning; log lines after it are dropped.
+
+        Whether there is one, it says.
 
         Every process reads it, so that machines need the folder in common. Raises UsageError for a checkpoint of other
         settings, RunError when all are damaged.
@@ -107,6 +109,8 @@ class Checkpoints:
             return True
         if damaged:
             raise RunError(f"{damaged[0]}, and there is no other to fall back on; begin anew with --overwrite")
+        if self.trainer.processes.is_main and (self.folder / METRICS).is_file():
+            _cut_log(self.folder / METRICS, 0)
         return False
 
     def keep_only(self, count: int) -> None:
@@ -125,6 +129,7 @@ class Checkpoints:
         path, count = self.folder / CHECKPOINT, self.trainer.config.training.keep_checkpoints or KEPT
         if count > 1 and self.saved is not None and not self._spoiled and path.is_file():
             _name_also(path, self.folder / EARLIER.replace("*", f"{self.saved:06d}"))
+        flush(self.folder / METRICS)  # a checkpoint is never ahead of its log
         state.save(path)
         self.saved, self._spoiled = iteration, False
         self.keep_only(count)

@@ -54,7 +54,8 @@ class Points:
     def resume(self, iteration: int) -> None:
         """Take the points that the folder has, up to this iteration."""
         self.measured = [point for point in read_points(self.path) if point.iteration <= iteration]
-        self._write()
+        if self.path.is_file():
+            self._write()
 
     def due(self, iteration: int) -> bool:
         """Whether a point is to be measured after this iteration; 0 is the base model, whenever it is."""

@@ -116,8 +116,6 @@ class Trainer:
         """Score the averaged policy, or for iteration 0 the base model, if that is a point that is due."""
         if self.points is None or not self.points.due(iteration):
             return
-        if self.iteration:
-            self.save()  # whatever fails on the way loses no training
         with self.updater.average.in_use():
             self.points.measure(iteration, self.budget)
         if self.iteration:
@@ -202,11 +200,12 @@ class Trainer:
         self.checkpoints.write()
 
     def resume(self) -> bool:
-        """Go on from the folder's newest checkpoint that is whole, if it has one; log and points after it are dropped.
+        """Go on from the folder's newest checkpoint that is whole; log and points after it are dropped.
 
-        Raises UsageError for a checkpoint of another run, RunError when all are damaged.
+        False where there is none: the run begins, and log and points are empty. Raises UsageError for a checkpoint of
+        another run, RunError when all are damaged.
         """
         found = self.checkpoints.restore()
-        if found and self.points is not None:
+        if self.points is not None:
             self.points.resume(self.iteration)
         return found
