@@ -19,6 +19,7 @@ from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.dev import ImageDev, dev_split
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, training_reward
+from flowbench.evaluation.lengths import cut_prompts
 from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
 from flowbench.evaluation.protocol import guidance_scales
 from flowbench.experiments.inputs import keep_inputs
@@ -182,6 +183,7 @@ def _execute(
     policy.processes = processes
     # Now, so that a missing or forbidden judge costs no training.
     judges = build_judges(config, reward, preset, device, splits)
+    cut = cut_prompts(policy, judges.rewards, [text for group in texts for text in group])
     algorithm = build_algorithm(config, reward)
     trainer = Trainer(config, policy, algorithm, reward, train_prompts.prompts, folder, listener.on_iteration)
     study = exact_study(policy, reward, config, trainer.iterations)
@@ -214,7 +216,6 @@ def _execute(
     costs = costs_of(policy, budget, trainer.points, (seconds, evaluations), processes.hardware)
     way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
     outcome = Evaluated(pairs, scores, seconds, evaluations)
-    cut = len(policy.texts.cut)
     record = make_record(
         config, command, reward, judges, [train_prompts, *splits], dev, outcome, budget, costs, way, cut
     )
