@@ -115,9 +115,10 @@ class Record(_Part):
     version: 1 for records without one. points: scores on split `dev` during training, the last at the end of the
     budget; dev_base: the base model's there. weights: SHA-256 of the files of "model" and of each reward term by its
     name, "" for one without files, None where that is not known before loading. cut_prompts: how many different prompts
-    are longer than the text encoders read. sources: of "algorithm", of each reward term and judge by its name, and of
-    "preset". status, failure: a run that failed has no scores, and says why in one line. ruleset ("defaults", "tuned",
-    "search"), workload, workload_hash: what a suite or a search ran it for. Every field: docs/records.md.
+    are longer than "model" or a reward reads, by name, where there are any. sources: of "algorithm", of each reward
+    term and judge by its name, and of "preset". status, failure: a run that failed has no scores, and says why in one
+    line. ruleset ("defaults", "tuned", "search"), workload, workload_hash: what a suite or a search ran it for. Every
+    field: docs/records.md.
     """
 
     version: int = 1
@@ -134,7 +135,7 @@ class Record(_Part):
     protocol_hash: str
     prompt_hashes: dict[str, str]
     weights: dict[str, str | None] = {}
-    cut_prompts: int = 0
+    cut_prompts: dict[str, int] = {}
     reward_provenance: dict[str, Any]
     judges: dict[str, dict[str, Any]] = {}
     base_cached: tuple[str, ...] = ()

@@ -64,6 +64,10 @@ class Reward:
         """The files that `load` needs, to tell without loading whether they are on this machine."""
         return ()
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether the prompt is longer than what `score` reads of it; called after `load`."""
+        return False
+
     def parts(self) -> dict[str, Reward]:
         """The rewards that are scored one by one, by name."""
         return {self.info.name: self}

@@ -18,7 +18,7 @@ from flowbench.scoring.checkpoints import (
     read_json,
     read_tensors,
 )
-from flowbench.scoring.networks import NetworkReward
+from flowbench.scoring.networks import NetworkReward, is_longer
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side, normalize
 
 HUB = "THUDM/ImageReward"
@@ -78,6 +78,9 @@ class ImageReward(NetworkReward):
         ).to(self.device)
         return (self.model(pixels, tokens.input_ids, tokens.attention_mask) - self.mean) / self.std
 
+    def cuts(self, prompt: str) -> bool:
+        return is_longer(prompt, self.max_tokens, lambda text: len(self.tokenizer(text).input_ids))
+
     def networks(self) -> tuple[torch.nn.Module, ...]:
         return (self.model,)
 
@@ -93,7 +96,9 @@ class ImageReward(NetworkReward):
     def weights(self) -> tuple[Weights, ...]:
         checkpoint = Weights(self.model_name, ("ImageReward.safetensors",), "ImageReward.pt")
         tokenizer = self.tokenizer_name or (TOKENIZER if self.model_name == HUB else self.model_name)
-        return checkpoint, Weights(tokenizer, ("tokenizer.json", "vocab.txt"))
+        sizes = Path(resolve_weights(self.model_name)) / CONFIG
+        own = (Weights(self.model_name, (CONFIG,)),) if sizes.is_file() else ()
+        return checkpoint, Weights(tokenizer, ("tokenizer.json", "vocab.txt")), *own
 
     def provenance(self) -> dict[str, Any]:
         return {"model": self.model_name, **self.identity()}

@@ -8,7 +8,7 @@ import torch
 
 from flowbench.reward import register_reward
 from flowbench.scoring.checkpoints import Weights, load_pretrained
-from flowbench.scoring.networks import NetworkReward
+from flowbench.scoring.networks import NetworkReward, is_longer
 from flowbench.scoring.preprocess import Preprocessing, crop_shortest_side_floor, normalize
 
 HUB = "yuvalkirstain/PickScore_v1"
@@ -49,6 +49,10 @@ class PickScore(NetworkReward):
         cosine = (torch.nn.functional.normalize(image, dim=1) * self._encode_text(prompts)).sum(1)
         return self.model.logit_scale.exp() * cosine
 
+    def cuts(self, prompt: str) -> bool:
+        length = self.model.config.text_config.max_position_embeddings
+        return is_longer(prompt, length, lambda text: len(self.tokenizer(text).input_ids))
+
     def networks(self) -> tuple[torch.nn.Module, ...]:
         return (self.model,)
 
@@ -64,7 +68,8 @@ class PickScore(NetworkReward):
         self._text = {}
 
     def weights(self) -> tuple[Weights, ...]:
-        return Weights(self.model_name, ("model.safetensors",)), Weights(self.tokenizer_name, ("tokenizer.json",))
+        own = (Weights(self.model_name, (name,)) for name in ("model.safetensors", "config.json"))
+        return *own, Weights(self.tokenizer_name, ("tokenizer.json",))
 
     def provenance(self) -> dict[str, Any]:
         return {"model": self.model_name, **self.identity()}

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -65,6 +66,7 @@ class Way:
 
 
 NO_WAY = Way({}, ())
+NONE_CUT: Mapping[str, int] = MappingProxyType({})
 
 
 def make_record(
@@ -78,12 +80,12 @@ def make_record(
     budget: Budget,
     costs: Costs,
     way: Way = NO_WAY,
-    cut_prompts: int = 0,
+    cut_prompts: Mapping[str, int] = NONE_CUT,
 ) -> Record:
     """Everything that the record of a finished run must answer for.
 
     splits: train's, and then those that were evaluated; dev: the one of the points, if prompts were scored there;
-    cut_prompts: how many prompts the text encoders did not read to their ends.
+    cut_prompts: as `cut` counts them.
     """
     spent = Spent(
         images=budget.images,
@@ -110,7 +112,7 @@ def make_record(
         prompts={split: [p.text for p in pair.base.prompts] for split, pair in evaluated.pairs.items()},
         reward_provenance=reward.provenance(),
         judges={name: judges.rewards[name].provenance() for name in judges.held_out},
-        cut_prompts=cut_prompts,
+        cut_prompts=dict(cut_prompts),
         base_cached=tuple(split for split, pair in evaluated.pairs.items() if pair.cached),
     )
 

@@ -19,6 +19,7 @@ from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.dev import ImageDev, dev_split
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.judges import build_judges, training_reward
+from flowbench.evaluation.lengths import cut_prompts
 from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
 from flowbench.evaluation.protocol import guidance_scales
 from flowbench.experiments.folder import CONFIG, DONE, RECORD, finished_record, occupied
@@ -197,6 +198,7 @@ def _execute(request: _Request, listener: Listener, processes: Processes, held: 
     policy.processes = processes
     # Now, so that a missing or forbidden judge costs no training.
     judges = build_judges(config, reward, preset, device, splits)
+    cut = cut_prompts(policy, judges.rewards, [text for group in texts for text in group])
     algorithm = build_algorithm(config, reward)
     trainer = Trainer(config, policy, algorithm, reward, train_prompts.prompts, folder, listener.on_iteration)
     study = exact_study(policy, reward, config, trainer.iterations)
@@ -232,7 +234,6 @@ def _execute(request: _Request, listener: Listener, processes: Processes, held: 
         way = Way(trainer.points.base, trainer.points.reached) if trainer.points else NO_WAY
         outcome = Evaluated(pairs, scores, seconds, evaluations)
         used = [train_prompts, *splits]
-        cut = len(policy.texts.cut)
         record = make_record(config, request.plain, reward, judges, used, dev, outcome, budget, costs, way, cut)
         if processes.is_main:
             record.save(folder / RECORD)

@@ -59,6 +59,10 @@ class WeightedSum(Reward):
         """The rewards that are added up."""
         return dict(self.rewards)
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether any part cuts it."""
+        return any(reward.cuts(prompt) for reward in self.rewards.values())
+
     def weights(self) -> tuple[Weights, ...]:
         """The files of all parts."""
         return tuple(file for reward in self.rewards.values() for file in reward.weights())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from torch import nn
 
 from flowbench.reward import Reward
 from flowbench.scoring.checkpoints import fingerprint
+
+
+def is_longer(prompt: str, limit: int, tokens: Callable[[str], int]) -> bool:
+    """Whether a prompt has more than `limit` tokens. tokens: counts them, the two special ones included.
+
+    A token is a byte or more, so that those of short prompts need not be counted.
+    """
+    return len(prompt.encode()) + 2 > limit and tokens(prompt) > limit
 
 
 class NetworkReward(Reward):

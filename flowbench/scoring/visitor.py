@@ -74,6 +74,10 @@ class Visitor(Reward):
         """The reward's own."""
         return self._provenance
 
+    def cuts(self, prompt: str) -> bool:
+        """As the reward itself; not known while it is nowhere."""
+        return self.reward is not None and self.reward.cuts(prompt)
+
     def weights(self) -> tuple[Weights, ...]:
         """The reward's own."""
         return self._weights

@@ -249,6 +249,13 @@ def test_a_head_without_a_bias_is_named(clip_folder: Path, tmp_path: Path):
         loaded(Aesthetic(str(clip_folder), None, str(tmp_path / "head.safetensors")))
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward", "pickscore"])
+def test_a_reward_says_which_prompts_it_cuts(name: str, request: pytest.FixtureRequest):
+    made = request.getfixturevalue(name)
+    assert not any(made.cuts(prompt) for prompt in PROMPTS)
+    assert made.cuts("red " * 90)
+
+
 # --- vqa ----------------------------------------------------------------------------------------------------------
 
 

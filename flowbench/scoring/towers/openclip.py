@@ -14,7 +14,7 @@ from flowbench.errors import RunError, UsageError
 from flowbench.models.presets import EMBEDDED, resolve_weights
 from flowbench.reading.tensors import TensorError, check_dtypes, check_values
 from flowbench.scoring.checkpoints import Weights, are_random, brief, load_strictly, read_tensors
-from flowbench.scoring.networks import NetworkReward
+from flowbench.scoring.networks import NetworkReward, is_longer
 from flowbench.testbeds.shapes.weights import check_shipped
 
 
@@ -54,6 +54,16 @@ class ClipTowers:
         text = self.model.encode_text(self.tokenizer(list(unique)).to(self.device))
         return torch.nn.functional.normalize(text.float(), dim=-1)[[unique[p] for p in prompts]]
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether a prompt has more tokens than the text tower reads."""
+        whole = self.tokenizer
+
+        def count(text: str) -> int:
+            plain = hasattr(whole, "encode")  # open_clip's own tokenizer, without the two special ones
+            return len(whole.encode(text)) + 2 if plain else len(whole.tokenizer(text).input_ids)
+
+        return is_longer(prompt, whole.context_length, count)
+
     def to(self, device: torch.device) -> None:
         """Move both towers."""
         self.model.to(device)
@@ -77,6 +87,10 @@ class TowersReward(NetworkReward):
     def to(self, device: torch.device) -> None:
         """As in the base class."""
         self.towers.to(device)
+
+    def cuts(self, prompt: str) -> bool:
+        """As in the base class."""
+        return self.towers.cuts(prompt)
 
     def cosine(self, x: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         """Of preprocessed images (B, 3, *size) in [0, 1] and their prompts, (B,)."""
