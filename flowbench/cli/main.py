@@ -42,7 +42,7 @@ from flowbench.cli.options import (
     new_file,
     say,
 )
-from flowbench.errors import PeerError, RunError, RunInterruptedError, UsageError, described, raised_at
+from flowbench.errors import PeerError, RunError, RunInterruptedError, UsageError, described, raised_at, shortened
 from flowbench.escape import plain
 from flowbench.experiments import api
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
@@ -265,6 +265,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "out of memory; lower training.microbatch and training.rollout_batch and continue with --resume", 1
     if isinstance(error, SystemExit):
         return f"code of another package ended the program, sys.exit({error.code!r}){raised_at(error, None)}", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{shortened(error.filename)} is no path that can be: {str(error.strerror).lower()}; check its name", 2
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"'{error.filename}': {error.strerror.lower()}; check the path and its permissions", 1
     return f"{described(error)} (run with --debug for the traceback)", 1
