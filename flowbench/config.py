@@ -52,7 +52,7 @@ class RunConfig(Section):
     reward: str
     model: str = "mini-sd3"
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^[a-z]+(:[0-9]{1,3})?$")
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     hyperparameters: dict[str, Any] = Field(default_factory=dict)

@@ -51,6 +51,7 @@ from flowbench.errors import (
     UsageError,
     described,
     raised_at,
+    shortened,
 )
 from flowbench.escape import plain
 from flowbench.experiments import api
@@ -305,6 +306,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         if _notes(error):
             return "the program was ended on the way", code
         return f"code of another package ended the program, sys.exit({error.code!r}){raised_at(error, None)}", 1
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{shortened(error.filename)} is no path that can be: {str(error.strerror).lower()}; check its name", 2
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"'{error.filename}': {error.strerror.lower()}; check the path and its permissions", 1
     return f"{described(error)} (run with --debug for the traceback)", 1

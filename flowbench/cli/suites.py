@@ -119,7 +119,7 @@ def compare(
         load_plugin_file(file)
     given = parse_assignments(settings)
 
-    from flowbench.experiments.comparison import comparisons
+    from flowbench.experiments.comparison import check_split, comparisons
     from flowbench.experiments.comparison import plan as plan_comparison
 
     names = [name.strip() for name in rewards.split(",") if name.strip()]
@@ -131,6 +131,7 @@ def compare(
         plugins=plugin,
         prompts=prompts,
     )
+    check_split(cells, split)
     if dry_run:
         display.plan(cells)
         return
@@ -156,7 +157,10 @@ def _executor(
     name: str, jobs: int | None, cores: int, gpus: int | None, slurm: Sequence[str], device: str, output: Path
 ) -> Executor:
     from flowbench.experiments.executors import default_gpus, make_executor
+    from flowbench.models.devices import pick_device
 
+    if name == "local":
+        pick_device(device)  # now, and not as the failure of every run
     options = {}
     for text in slurm:
         key, equals, value = text.partition("=")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowbench.errors import RunError, UsageError
+from flowbench.errors import RunError, UsageError, did_you_mean
 from flowbench.evaluation.statistics import Ranking, gains_from_records
 from flowbench.evaluation.statistics import compare as rank
 from flowbench.experiments.study import Outcome
@@ -50,10 +50,13 @@ def plan(
 ) -> list[Cell]:
     """The runs of every algorithm on every reward with every seed; images: None is the model's own budget.
 
-    Raises UsageError for fewer than two algorithms, one that stands twice, an unknown name or a wrong setting.
+    Raises UsageError for fewer than two algorithms, one that stands twice, no reward, an unknown name or a wrong
+    setting.
     """
     if len(set(algorithms)) < len(algorithms) or len(algorithms) < 2:
         raise UsageError("name two or more different algorithms to compare; see 'flowbench list algorithms'")
+    if not rewards:
+        raise UsageError("--rewards names no reward; write for example --rewards clip,aesthetic")
     preset = load_preset(model)
     budget = images or preset.training.get("images", TrainingConfig.model_fields["images"].default)
     cells = []
@@ -64,6 +67,13 @@ def plan(
             where: dict[str, Any] = {"device": device, "output": output, "plugins": plugins}
             cells.append(cell(workload, algorithm, seeds, settings, **where))
     return cells
+
+
+def check_split(cells: Sequence[Cell], split: str) -> None:
+    """Raise UsageError for a split on which no run would be evaluated."""
+    known = {name for c in cells for job in c.jobs for name in job.config.evaluation.splits}
+    if known and split not in known:
+        raise UsageError(f"the runs are not evaluated on '{split}'{did_you_mean(split, known)}")
 
 
 def comparisons(cells: Sequence[Cell], outcomes: Sequence[Outcome], split: str) -> list[Comparison]:

@@ -24,6 +24,7 @@ from flowbench.experiments.jobs import (
 )
 from flowbench.experiments.run import Listener
 from flowbench.launch import check_alone
+from flowbench.models.devices import pick_device
 
 __all__ = ["Job", "Outcome", "Stamp", "StudyListener", "make_job", "run_job", "run_jobs", "spell"]
 
@@ -70,6 +71,8 @@ def run_jobs(
         from flowbench.experiments.executors.local import LocalExecutor
 
         executor = LocalExecutor(workers, cores=None)
+    elif executor is None and todo:
+        pick_device(todo[0].config.device)  # now, and not as the failure of every run
     begun = len(finished)
     for job in todo:
         forget_failure(job)
