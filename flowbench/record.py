@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
+from flowbench.published import is_published, whole
 from flowbench.reading.texts import lines
 
 VERSION = 2  # of what a record holds; records without a version are of version 1
@@ -161,7 +162,9 @@ class Record(_Part):
         A reward whose files are not known before it is loaded is known by the hash of what was loaded.
         """
         known = {name: digest for name, digest in self.weights.items() if digest}
-        hashes = sorted(_hashes(self.reward_provenance)) if None in self.weights.values() or not self.weights else []
+        hashes = (
+            sorted(weight_hashes(self.reward_provenance)) if None in self.weights.values() or not self.weights else []
+        )
         if self.status == "failed" and not hashes and None in self.weights.values():
             return ""
         return json.dumps([known, hashes], sort_keys=True) if known or hashes else ""
@@ -189,19 +192,22 @@ class Record(_Part):
         write_atomically(path, self.model_dump_json(indent=1) + "\n")
 
 
-def _hashes(provenance: Mapping[str, Any]) -> set[str]:
+def weight_hashes(provenance: Mapping[str, Any]) -> set[str]:
     """The hashes of all weights that a reward names, however deep."""
     found = {str(value) for name, value in provenance.items() if name == "sha256"}
-    return found.union(*(_hashes(value) for value in provenance.values() if isinstance(value, dict)))
+    return found.union(*(weight_hashes(value) for value in provenance.values() if isinstance(value, dict)))
 
 
 def load_record(path: Path) -> Record:
-    """Read a record.
+    """Read a record, as a run leaves it or as it was published.
 
     Raises UsageError for a file that is none.
     """
     try:
-        return Record.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        if is_published(content):
+            return Record.model_validate(whole(content, path))
+        return Record.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
