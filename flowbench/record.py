@@ -161,7 +161,9 @@ class Record(_Part):
         A reward whose files are not known before it is loaded is known by the hash of what was loaded.
         """
         known = {name: digest for name, digest in self.weights.items() if digest}
-        hashes = sorted(_hashes(self.reward_provenance)) if None in self.weights.values() or not self.weights else []
+        hashes = (
+            sorted(weight_hashes(self.reward_provenance)) if None in self.weights.values() or not self.weights else []
+        )
         if self.status == "failed" and not hashes and None in self.weights.values():
             return ""
         return json.dumps([known, hashes], sort_keys=True) if known or hashes else ""
@@ -189,10 +191,10 @@ class Record(_Part):
         write_atomically(path, self.model_dump_json(indent=1) + "\n")
 
 
-def _hashes(provenance: Mapping[str, Any]) -> set[str]:
+def weight_hashes(provenance: Mapping[str, Any]) -> set[str]:
     """The hashes of all weights that a reward names, however deep."""
     found = {str(value) for name, value in provenance.items() if name == "sha256"}
-    return found.union(*(_hashes(value) for value in provenance.values() if isinstance(value, dict)))
+    return found.union(*(weight_hashes(value) for value in provenance.values() if isinstance(value, dict)))
 
 
 def load_record(path: Path) -> Record:

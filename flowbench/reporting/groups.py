@@ -144,12 +144,6 @@ def _workload(record: Record) -> Workload:
     )
 
 
-def weight_hashes(provenance: Mapping[str, Any]) -> set[str]:
-    """The hashes of all weights that a reward names, however deep."""
-    found = {str(value) for name, value in provenance.items() if name == "sha256"}
-    return found.union(*(weight_hashes(value) for value in provenance.values() if isinstance(value, dict)))
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     return json.dumps(content, sort_keys=True) if content else ""
 

@@ -172,7 +172,9 @@ def load_preset(name: str, resolve: bool = True) -> ModelPreset:
         kind = AnalyticPreset if str(content.get("source")).startswith(ANALYTIC) else ModelPreset
         preset: ModelPreset = kind.model_validate({"name": path.stem, **content})
     except (DocumentError, TextError, AttributeError, TypeError, ValidationError) as error:
-        raise UsageError(f"model file '{path}' is not a preset: {str(error).splitlines()[0]}") from error
+        no_mapping = isinstance(error, AttributeError | TypeError)
+        fault = "it is no mapping of keys to values" if no_mapping else first_fault(error)
+        raise UsageError(f"model file '{path}' is not a preset: {fault}") from error
     _check_names(preset, path)
     return with_absolute_paths(preset, path.parent) if resolve and path.parent != FOLDER else preset
 

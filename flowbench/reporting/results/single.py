@@ -19,9 +19,8 @@ from flowbench.models.presets import load_preset, preset_names
 from flowbench.names import path_name
 from flowbench.plugin_sources import source
 from flowbench.prompts import available_splits, load_split
-from flowbench.record import OWN, PRESET, VERSION, Record, Score, code_commit
+from flowbench.record import OWN, PRESET, VERSION, Record, Score, code_commit, weight_hashes
 from flowbench.registry import algorithms, rewards
-from flowbench.reporting.groups import weight_hashes
 from flowbench.reporting.targets import DIVERSITY
 from flowbench.terms import plain_metric, term_names
 from flowbench.workloads import load_workload, workload_names
