@@ -277,6 +277,7 @@ def test_a_signal_ends_a_run_after_its_iteration_with_the_usual_exit_code(
 
     arguments = ["run", "nft", "--reward", "linear", "--model", "gaussian", "--device", "cpu", "--output", tmp_path]
     arguments += [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    arguments += ["--keep", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_iterate", signalled)
         assert flowbench_main(*arguments) == status
@@ -287,6 +288,7 @@ def test_a_signal_ends_a_run_after_its_iteration_with_the_usual_exit_code(
     assert {n: signal.getsignal(n) for n in before} == before
     assert flowbench_main(*arguments, "--resume") == 0
     (folder,) = (path.parent for path in tmp_path.rglob("DONE"))
+    assert [load_state(path)["iteration"] for path in checkpoint_files(folder)] == [6, 4]
     assert_same_results(folder, whole)
 
 

@@ -102,6 +102,7 @@ def run(
     random_init: bool = False,
     keep_images: bool = False,
     overwrite: bool = False,
+    keep: int | None = None,
     *,
     listener: Listener | None = None,
 ) -> RunResult:
@@ -125,6 +126,7 @@ def run(
         random_init: the model's real configuration with random weights, to measure and never to compare.
         keep_images: keep the evaluation's images below images/ in the run folder, with a table of their scores.
         overwrite: begin anew where a run is, finished or not; only what flowbench wrote is removed.
+        keep: how many checkpoints to keep; None is the last, and until the run is finished the one before.
         listener: is told how far the run is.
 
     Raises:
@@ -135,6 +137,8 @@ def run(
     """
     if keep_images:
         settings = {**(settings or {}), "evaluation.keep_images": True}
+    if keep is not None:
+        settings = {**(settings or {}), "training.keep_checkpoints": keep}
     resolved = resolve(algorithm, reward, model, seed, images, device, settings, config, plugins, prompts, random_init)
     if memory_limit is not None:
         from flowbench.experiments.planning.plan import divided, parse_memory, plan
