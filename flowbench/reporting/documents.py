@@ -44,9 +44,9 @@ def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 CSV_COLUMNS = (
     *("workload", "workload_hash", "ruleset", "model", "reward", "split", "algorithm", "family", "settings"),
-    *("config_hash", "protocol_hash", "images", "seeds", "failed", "metric", "trained_on"),
-    *("gain", "low", "high", "over", "retained", "retained_low", "retained_high", "rank_best", "rank_worst"),
-    *("shares_first", "images_to_target", "seconds_to_target", "reached", "seconds", "evaluations", "reward_calls"),
+    *("config_hash", "protocol_hash", "images", "seeds", "failed", "metric", "gain", "low", "high", "over"),
+    *("trained_on", "retained", "retained_low", "retained_high", "rank_best", "rank_worst", "shares_first"),
+    *("images_to_target", "seconds_to_target", "reached", "seconds", "evaluations", "reward_calls"),
 )
 
 
