@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
 from flowbench.files import read_json_lines, write_atomically
+from flowbench.published import is_published, whole
 
 VERSION = 2  # of what a record holds; records without a version are of version 1
 RANDOM = " (random)"  # behind the name of a model whose weights are random: never part of a comparison
@@ -169,12 +170,15 @@ class Record(_Part):
 
 
 def load_record(path: Path) -> Record:
-    """Read a record.
+    """Read a record, as a run leaves it or as it was published.
 
     Raises UsageError for a file that is none.
     """
     try:
-        return Record.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        if is_published(content):
+            return Record.model_validate(whole(content, path))
+        return Record.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])

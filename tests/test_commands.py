@@ -60,6 +60,8 @@ CASES = {
     "page": Case(
         ["{run}", "--output", "page.html"], "page.html", ["{run}", "--samples", "absent"], 2, "does not exist"
     ),
+    # What it takes is made by a clean checkout: tests/test_submit.py.
+    "submit": Case(None, "", ["absent"], 2, "'absent' does not exist"),
     "ablate": Case(
         ["acflow", "--model", "gaussian", "--reward", "linear", "--seeds", "1", "--dry-run"],
         "algorithm.alpha=0.0",

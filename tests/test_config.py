@@ -15,7 +15,7 @@ from flowbench.registry import algorithms
 from flowbench.settings import parse_assignments, read_config_file
 
 MakeConfig = Callable[..., RunConfig]
-SHIPPED = Path(__file__).parents[1] / "leaderboard/results/mini-sd3/clip/online-dpo-s0.json"
+SHIPPED = Path(__file__).parents[1] / "leaderboard/history/mini-sd3/clip/online-dpo-s0.json"
 
 
 def resolve(algorithm: str = "acflow", reward: str = "jpeg", **overrides: object) -> RunConfig:

@@ -34,7 +34,7 @@ from flowbench.reporting.words import titles, verdict, warnings
 
 Main = Callable[..., int]
 PROMPTS = 24
-SHIPPED = Path(__file__).parent.parent / "leaderboard" / "results"
+SHIPPED = Path(__file__).parent.parent / "leaderboard" / "history"
 
 
 def record(algorithm: str = "acflow", seed: int = 0, gain: float = 0.1, **changed: Any) -> Record:

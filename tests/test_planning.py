@@ -315,7 +315,7 @@ def test_a_model_of_unknown_configuration_is_refused_in_one_line():
 
 
 def test_no_record_of_random_weights_enters_a_table():
-    record = find_records([ROOT / "leaderboard" / "results"])[0]
+    record = find_records([ROOT / "leaderboard" / "history"])[0]
     random = record.model_copy(update={"model": record.model + RANDOM})
     assert to_csv(board([record, random])) == to_csv(board([record]))
     with pytest.raises(UsageError, match="no records found"):

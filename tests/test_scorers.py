@@ -174,7 +174,7 @@ def test_the_record_names_the_judges_and_what_identifies_them(judged: Callable[.
 
 
 def test_records_from_before_there_were_judges_keep_their_hashes(scheduler_grid: None):
-    for path in (Path(__file__).parent.parent / "leaderboard" / "results").rglob("*.json"):
+    for path in (Path(__file__).parent.parent / "leaderboard" / "history").rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "judges" not in content:
             record = load_record(path)

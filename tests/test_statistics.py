@@ -52,7 +52,7 @@ from flowbench.evaluation.statistics.crossed import mean_squares
 from flowbench.evaluation.statistics.ranking import holm, moderated
 from flowbench.record import find_records
 
-RECORDS = Path(__file__).parent.parent / "leaderboard" / "results" / "mini-sd3" / "clip"
+RECORDS = Path(__file__).parent.parent / "leaderboard" / "history" / "mini-sd3" / "clip"
 BOTH: tuple[Over, Over] = (THESE, LIKE)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flowbench.errors import UsageError, did_you_mean
-from flowbench.experiments.defaults import OUTPUT
+from flowbench.errors import RunError, UsageError, did_you_mean
+from flowbench.experiments.defaults import LEADERBOARD, OUTPUT
 
 FORMATS = {"terminal": ".txt", "markdown": ".md", "csv": ".csv", "latex": ".tex"}
 
@@ -35,8 +35,27 @@ def leaderboard(
     target: Annotated[
         str | None, typer.Option(metavar="METRIC=VALUE", help="Show images and seconds until dev scores reach it.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail where a leaderboard's pages and its published records differ.")
+    ] = False,
+    since: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="With --check: what was published then must still be there.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Make a leaderboard's pages from its published records.")
+    ] = False,
 ) -> None:
-    """Compare runs: means with intervals, ranks and who shares the first place, generated from their records."""
+    """Compare runs: means with intervals, ranks and who shares the first place, generated from their records.
+
+    With --check or --write PLACE is the folder of a leaderboard, by default `leaderboard`; tables are not printed.
+    """
+    if check or write:
+        if len(places) > 1 or (check and write):
+            raise UsageError("--check or --write takes one folder of a leaderboard; use one of them at a time")
+        _pages(LEADERBOARD if places == [OUTPUT] else places[0], write, since)
+        return
+    if since is not None:
+        raise UsageError("--since says what --check compares with; add --check")
     kind = _format(format_, output)
     if over not in ("like", "these"):
         raise UsageError(f"unknown value '{over}' of --over; use like or these")
@@ -69,6 +88,28 @@ def leaderboard(
         text = to_csv(result) if kind == "csv" else (to_latex if kind == "latex" else to_markdown)(result, keys)
     _hand_out(text, output)
     _name(found.faults)
+
+
+def _pages(folder: Path, write: bool, since: str | None) -> None:
+    """Make the pages of published results, or say where they differ from the records."""
+    if not folder.is_dir():
+        raise UsageError(f"'{folder}' does not exist; name the folder of a leaderboard, in a checkout 'leaderboard'")
+    from flowbench.experiments.submission import check_published
+    from flowbench.reporting.results import pages
+
+    faults = check_published(folder / pages.RESULTS, since)
+    if not faults:
+        made = pages.pages(folder, folder.parent / pages.README)
+        if write:
+            for path in pages.write(made, folder):
+                typer.echo(path)
+            return
+        faults = pages.stale(made, folder)
+    for fault in faults:
+        typer.echo(fault)
+    if faults:
+        raise RunError(f"{len(faults)} faults in '{folder}': its pages and its records do not agree")
+    typer.echo(f"{folder}: pages and records agree")
 
 
 def _hand_out(text: str, output: Path | None) -> None:

@@ -22,6 +22,7 @@ from flowbench.cli import planning as cli_planning
 from flowbench.cli import probe as cli_probe
 from flowbench.cli import rewards as cli_rewards
 from flowbench.cli import studies as cli_studies
+from flowbench.cli import submit as cli_submit
 from flowbench.cli import suites as cli_suites
 from flowbench.cli import testbed as cli_testbed
 from flowbench.cli import tune as cli_tune
@@ -170,6 +171,7 @@ def list_(
 app.command()(cli_leaderboard.leaderboard)
 app.command()(cli_tune.tune)
 app.command()(cli_page.page)
+app.command()(cli_submit.submit)
 app.command()(cli_studies.ablate)
 app.command()(cli_studies.check)
 app.command()(cli_suites.compare)

@@ -8,3 +8,5 @@ DEVICE = "auto"
 OUTPUT = Path("runs")
 WORKLOAD = "shapes-clip"  # of a search
 SEARCHES = Path("leaderboard/search")  # logs of searches
+LEADERBOARD = Path("leaderboard")  # pages that are made from published results
+RESULTS = LEADERBOARD / "results"

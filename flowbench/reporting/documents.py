@@ -22,7 +22,7 @@ def to_markdown(board: Board, keys: Sequence[str] | None = None) -> str:
         lines = [[escape.markdown(row.label), *_cells(row, shown, escape.markdown)] for row in table.rows]
         said = [verdict(table), *legend([(table, shown)]), *warnings(table)]
         headings = ["algorithm", *(escape.markdown(c.heading) for c in shown)]
-        parts.append(f"### {escape.markdown(title)}\n\n{_markdown_rows(headings, lines)}\n")
+        parts.append(f"### {escape.markdown(title)}\n\n{markdown_rows(headings, lines)}\n")
         parts += [f"{escape.markdown(text)}\n" for text in said if text]
     parts += [f"{escape.markdown(text)}\n" for text in notes(board)]
     return "\n".join(parts)
@@ -34,10 +34,11 @@ def _cells(row: Row, shown: Sequence[Column], escaped: Callable[[str], str]) -> 
 
 def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Cells below their titles, all of them foreign text."""
-    return _markdown_rows([*map(escape.markdown, titles)], [[escape.markdown(cell) for cell in line] for line in lines])
+    return markdown_rows([*map(escape.markdown, titles)], [[escape.markdown(cell) for cell in line] for line in lines])
 
 
-def _markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells below their titles, foreign text among them escaped already."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [titles, ["---"] * len(titles), *lines])
 
 

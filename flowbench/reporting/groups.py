@@ -140,14 +140,14 @@ def _workload(record: Record) -> Workload:
         images=budget if isinstance(budget, int) else record.budget.images,
         protocol=record.protocol_hash,
         prompts=_digest({name: digest for name, digest in record.prompt_hashes.items() if name in used}),
-        weights=",".join(sorted(_hashes(record.reward_provenance))),
+        weights=",".join(sorted(weight_hashes(record.reward_provenance))),
     )
 
 
-def _hashes(provenance: Mapping[str, Any]) -> set[str]:
+def weight_hashes(provenance: Mapping[str, Any]) -> set[str]:
     """The hashes of all weights that a reward names, however deep."""
     found = {str(value) for name, value in provenance.items() if name == "sha256"}
-    return found.union(*(_hashes(value) for value in provenance.values() if isinstance(value, dict)))
+    return found.union(*(weight_hashes(value) for value in provenance.values() if isinstance(value, dict)))
 
 
 def _digest(content: Mapping[str, Any]) -> str:

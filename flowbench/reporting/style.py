@@ -12,6 +12,7 @@ import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,7 +97,27 @@ DARK = Theme("dark", ink="#ececec", grid="#3d3d3d", base="#a0a0a0", truth="#ffff
 
 def family_of(algorithm: str) -> str:
     """The family that an algorithm declares; "other" for one that is not installed or cannot be imported."""
+    if _only_own.get() and not is_own(algorithm):
+        return OTHER
     return _family(algorithm, algorithm in algorithms.loaded)
+
+
+def is_own(algorithm: str) -> bool:
+    """Whether an algorithm is flowbench's own."""
+    return algorithm in algorithms.names() and algorithms.module(algorithm).startswith("flowbench.")
+
+
+_only_own: ContextVar[bool] = ContextVar("only_own", default=False)
+
+
+@contextmanager
+def only_own_families() -> Iterator[None]:
+    """Inside, algorithms of other packages are of family "other", whether or not they are installed here."""
+    token = _only_own.set(True)
+    try:
+        yield
+    finally:
+        _only_own.reset(token)
 
 
 @cache
