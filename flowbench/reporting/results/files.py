@@ -15,9 +15,10 @@ from pathlib import Path
 
 from flowbench.errors import UsageError
 from flowbench.escape import plain
+from flowbench.files import write_atomically
 from flowbench.names import path_name
 from flowbench.published import LARGEST, as_text, shortened
-from flowbench.record import Record, load_record, write_atomically
+from flowbench.record import Record, load_record
 
 VERSION = "v1"
 MANIFEST = "MANIFEST"

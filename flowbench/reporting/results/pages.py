@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowbench.errors import UsageError
-from flowbench.record import Record, read_records, write_atomically
+from flowbench.files import write_atomically
+from flowbench.record import Record, read_records
 from flowbench.reporting.audit.claims import claims, claims_page
 from flowbench.reporting.audit.documents import draw, over_optimisation
 from flowbench.reporting.columns import columns
