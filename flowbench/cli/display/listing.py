@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flowbench.cli.display.console import console
@@ -41,15 +42,20 @@ def listing(what: str, output: Path) -> None:
         raise UsageError(f"cannot list '{what}'{did_you_mean(what, [*makers, 'runs'])}")
 
 
-def _table(*headings: str) -> Table:
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+WIDEST = 24  # characters of a first column whose names are never broken
+
+
+def _table(*headings: str, names: Sequence[str] = ()) -> Table:
+    """An empty table; `names` of the first column stay whole on a narrow terminal, and the other columns fold."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    whole = min(max(map(len, names), default=0), WIDEST)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", min_width=None if i else whole)
     return table
 
 
 def _algorithms() -> Table:
-    table = _table("algorithm", "paper", "needs", "what it is")
+    table = _table("algorithm", "paper", "needs", "what it is", names=algorithms.names())
     for name in algorithms.names():
         info = algorithms.describe(name)
         table.add_row(*map(escape, (name, info.paper, ", ".join(sorted(info.needs)), info.summary)))
@@ -57,7 +63,7 @@ def _algorithms() -> Table:
 
 
 def _rewards() -> Table:
-    table = _table("reward", "source", "licence", "gradient", "truth", "what it is")
+    table = _table("reward", "source", "licence", "gradient", "truth", "what it is", names=rewards.names())
     for name in rewards.names():
         info = rewards.describe(name)
         marks = ["yes" if flag else "" for flag in (info.differentiable, info.truth)]
@@ -66,7 +72,7 @@ def _rewards() -> Table:
 
 
 def _models() -> Table:
-    table = _table("model", "source", "licence", "resolution", "steps", "guidance", "prompts")
+    table = _table("model", "source", "licence", "resolution", "steps", "guidance", "prompts", names=preset_names())
     for name in preset_names():
         p = load_preset(name)
         size = str(p.height) if p.height == p.width else f"{p.height} x {p.width}"
@@ -87,23 +93,24 @@ def _prompts() -> Table:
 
 
 def _workloads() -> Table:
-    table = _table("workload", "model", "reward", "images", "hash", "what it asks")
+    table = _table("workload", "trains", "hash", "what it asks", names=workload_names())
     for name in workload_names():
         w = load_workload(name)
-        told = (f"{name}, {w.version}", w.model, w.reward, str(w.images), w.hash, w.summary)
+        trains = f"{w.model} on {w.reward}, {w.images} images, version {w.version}"
+        told = (name, trains, w.hash, w.summary)
         table.add_row(*map(escape, told))
     return table
 
 
 def _defaults() -> Table:
     """What each algorithm brings for the models that it knows, and which search that comes from."""
-    table = _table("algorithm", "model", "settings", "log")
+    table = _table("algorithm", "model", "settings", "log", names=algorithms.names())
     for name in algorithms.names():
         for model, own in algorithms.get(name).cls.defaults.items():
             named = {f"training.{key}": value for key, value in own.training.items()}
             named |= {f"algorithm.{key}": value for key, value in own.algorithm.items()}
-            settings = " ".join(f"{key}={value}" for key, value in named.items())
-            table.add_row(escape(name), escape(model), escape(settings), escape(own.log or "no search"))
+            settings = "\n".join(escape(f"{key}={value}") for key, value in named.items())
+            table.add_row(escape(name), escape(model), settings, escape(own.log or "no search"))
     return table
 
 
