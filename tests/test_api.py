@@ -46,6 +46,8 @@ def test_every_public_name_is_there_and_listed():
 @pytest.mark.parametrize("name", ["run", "evaluate"])
 def test_a_function_has_the_options_and_the_defaults_of_its_command(name: str):
     command, function = defaults(getattr(cli, name)), defaults(getattr(flowbench, name))
+    if "config" in command:  # typer takes several, so that a second one can be refused
+        command["config"] = command["config"] or None
     assert function == command
     assert next(iter(function)) == next(iter(command))
 

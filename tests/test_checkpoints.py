@@ -40,7 +40,7 @@ def test_every_weight_must_be_there_with_its_shape_and_no_other(tmp_path: Path):
         ({**tensors, "bias": torch.zeros(2, dtype=torch.int64)}, "has weight 'bias' of type torch.int64"),
         (
             {"weigth": tensors["weight"], "bias": tensors["bias"]},
-            ".* 'weight', and has 1 .*'weigth'; .*renamed",
+            ".* 'weight', and has 1 .*'weigth'.*renamed",
         ),
     ]:
         before = fingerprint(own)

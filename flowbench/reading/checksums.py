@@ -6,12 +6,12 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from flowbench.caches import Cache
+from flowbench.files import write_atomically
 
 SUMS = "SHA256SUMS"
 LARGE = 2**28  # bytes
@@ -40,10 +40,7 @@ def _sha256(path: Path, size: int, changed: int) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if kept is not None:
         with contextlib.suppress(OSError):  # then it is computed again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            own = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")  # several may compute the same at the same time
-            own.write_text(digest, encoding="utf-8")
-            os.replace(own, kept)
+            write_atomically(kept, digest, durable=False)
     return digest
 
 
@@ -75,4 +72,4 @@ def read_sums(path: Path) -> dict[str, str]:
 def write_sums(path: Path, files: Iterable[Path]) -> None:
     """Write the checksums of files below the folder of `path`, as sha256sum reads them."""
     named = sorted((file.relative_to(path.parent).as_posix(), file) for file in files)
-    path.write_text("".join(f"{file_sha256(file)}  {name}\n" for name, file in named), encoding="utf-8")
+    write_atomically(path, "".join(f"{file_sha256(file)}  {name}\n" for name, file in named))

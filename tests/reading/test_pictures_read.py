@@ -126,5 +126,5 @@ def test_a_server_reads_pictures_by_the_same_reader():
     images, _ = unpack(sent(png(with_alpha(0))))
     assert images.min() == 1
     for data in (png(Image.fromarray(RGB), "JPEG"), WHOLE[:-12]):
-        with pytest.raises(FormatError, match="image 0 is not a PNG file that can be scored"):
+        with pytest.raises(FormatError, match="image 0 is not a PNG file"):
             unpack(sent(data))

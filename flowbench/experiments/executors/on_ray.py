@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ class RayExecutor:
         import ray
 
         ours = not ray.is_initialized()
+        handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own in its place, and leaves it there
         if ours:
             local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
             ray.init(log_to_driver=False, **local)
@@ -70,6 +73,8 @@ class RayExecutor:
                 ray.kill(actor)
             if ours:
                 ray.shutdown()
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, handler)
 
     def _actor(self) -> Any:
         import ray
