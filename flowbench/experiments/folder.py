@@ -17,6 +17,7 @@ from flowbench.files import TEMPORARY, remove_unfinished, write_atomically
 from flowbench.locks import HOLDER, LOCK, locked
 from flowbench.models.presets import load_preset
 from flowbench.names import path_name
+from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.record import Record, load_record
 from flowbench.training.checkpoint import CHECKPOINT, EARLIER, METRICS, checkpoint_files
 from flowbench.training.points import POINTS
@@ -120,8 +121,8 @@ def _instead(folder: Path, config: RunConfig) -> str:
         found = []
         for path in islice(place.glob(pattern), LOOKED_AT):
             try:
-                theirs = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, yaml.YAMLError, AttributeError):
+                theirs = _flat(read_yaml(path))
+            except (DocumentError, AttributeError):
                 continue
             deciding = [key for key in {**wanted, **theirs} if key not in FREE]
             differs = [key for key in deciding if wanted.get(key) != theirs.get(key)]

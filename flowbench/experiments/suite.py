@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flowbench.config import SECTIONS
-from flowbench.errors import NotApplicableError, UsageError, did_you_mean, first_fault
+from flowbench.errors import NotApplicableError, UsageError
 from flowbench.experiments.jobs import Job, Stamp, State, kept_failure, make_job, with_seeds
-from flowbench.reading.documents import DocumentError, read_yaml
 from flowbench.registry import algorithms
 from flowbench.sections import EvaluationConfig, TrainingConfig
-from flowbench.workloads import Workload, load_workload
+from flowbench.workloads import Workload, load_workload, names_in, place_of, read_as
 
 FOLDER = Path(__file__).parent / "suites"
 STATES: tuple[State, ...] = get_args(State)
@@ -122,7 +121,7 @@ class Loaded:
 
 def suite_names() -> list[str]:
     """Names of the built-in suites."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return names_in(FOLDER)
 
 
 def load_suite(name: str) -> Loaded:
@@ -131,15 +130,8 @@ def load_suite(name: str) -> Loaded:
     Raises UsageError for an unknown name, a file that is no suite, settings that its ruleset does not allow, or a
     workload that cannot be read.
     """
-    own = not name.endswith((".yaml", ".yml"))
-    path = FOLDER / f"{name}.yaml" if own else Path(name)
-    if own and name not in suite_names():
-        raise UsageError(f"unknown suite '{name}'{did_you_mean(name, suite_names())}")
-    try:
-        content = read_yaml(path)
-        suite = Suite.model_validate({"name": path.stem, **content})
-    except (DocumentError, TypeError, ValidationError) as error:
-        raise UsageError(f"suite file '{path}' is not a suite: {first_fault(error)}") from error
+    path = place_of(name, "suite", FOLDER)
+    suite = read_as(Suite, path, "suite")
     named = dict.fromkeys(name for part in suite.runs for name in part.workloads)
     workloads = {name: load_workload(name, path.parent) for name in named}
     return Loaded(suite, tuple((path.parent / file).resolve() for file in suite.plugins), workloads)

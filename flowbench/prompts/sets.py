@@ -165,12 +165,8 @@ def choose_prompts(given: str | None, own: str, wanted: tuple[str, ...], explici
     """The prompts of a run: the given set in place of the model's own, evaluated on the wanted splits.
 
     Splits that the given set lacks are left out with a word, unless they were asked for explicitly.
-    Raises UsageError for an unknown set or split, a split named twice, a file that cannot be read, or splits that are
-    the same.
+    Raises UsageError for an unknown set or split, a file that cannot be read, or splits that are the same.
     """
-    twice = next((name for k, name in enumerate(wanted) if name in wanted[:k]), None)
-    if twice is not None:
-        raise UsageError(f"evaluation.splits names '{twice}' twice; name it once")
     other = None if given is None or (located := locate(given)) == own else located
     evaluated = wanted if other is None or explicit else present_splits(other, wanted)
     prompt_set = other or own

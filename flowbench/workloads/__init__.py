@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -19,6 +19,8 @@ from flowbench.sections import EvaluationConfig
 from flowbench.terms import parse_reward, spell
 
 FOLDER = Path(__file__).parent
+
+Named = TypeVar("Named", bound=BaseModel)
 
 
 class Target(BaseModel):
@@ -85,7 +87,36 @@ def _without_folder(name: str | None) -> str | None:
 
 def workload_names() -> list[str]:
     """Names of the built-in workloads."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return names_in(FOLDER)
+
+
+def place_of(name: str, what: str, built_in: Path, folder: Path = Path()) -> Path:
+    """Where the YAML file of that name is: in the folder of those that are built in, or a path relative to `folder`.
+
+    Raises UsageError for a name that is not built in; what: the kind of file, as it is called there.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return folder / name
+    names = names_in(built_in)
+    if name not in names:
+        raise UsageError(f"unknown {what} '{name}'{did_you_mean(name, names)}")
+    return built_in / f"{name}.yaml"
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of a folder's YAML files."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def read_as(kind: type[Named], path: Path, what: str) -> Named:
+    """A YAML file's content, whose name is the file's unless it says another.
+
+    Raises UsageError for a file that does not have the form.
+    """
+    try:
+        return kind.model_validate({"name": path.stem, **read_yaml(path)})
+    except (DocumentError, TypeError, ValidationError) as error:
+        raise UsageError(f"{what} file '{path}' is not a {what}: {first_fault(error)}") from error
 
 
 def load_workload(name: str, folder: Path = Path()) -> Workload:
@@ -94,17 +125,10 @@ def load_workload(name: str, folder: Path = Path()) -> Workload:
     Model and prompts of a file may be paths relative to it. Raises UsageError for an unknown name, a file that is no
     workload, or a reward that is not known.
     """
-    own = not name.endswith((".yaml", ".yml"))
-    path = FOLDER / f"{name}.yaml" if own else folder / name
-    if own and name not in workload_names():
-        raise UsageError(f"unknown workload '{name}'{did_you_mean(name, workload_names())}")
-    try:
-        content = read_yaml(path)
-        workload = Workload.model_validate({"name": path.stem, **content})
-    except (DocumentError, TypeError, ValidationError) as error:
-        raise UsageError(f"workload file '{path}' is not a workload: {first_fault(error)}") from error
+    path = place_of(name, "workload", FOLDER, folder)
+    workload = read_as(Workload, path, "workload")
     located: dict[str, Any] = {"reward": spell(parse_reward(workload.reward))}
-    if not own:
+    if path.parent != FOLDER:
         if (path.parent / workload.model).exists():
             located["model"] = str((path.parent / workload.model).resolve())
         if workload.prompts:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from flowbench.experiments.planning.storages import META, Meter
+from flowbench.experiments.planning.storages import META, Meter, Shape
 
 LEAST = 3  # alike, for a list of modules to be a network's repeated blocks
 
@@ -47,7 +47,7 @@ def _remembering(meter: Meter, block: torch.nn.Module, known: dict[Any, _Run]) -
         tensors = [t for t in given if isinstance(t, torch.Tensor)]
         if torch.is_grad_enabled() or any(t.device != META for t in tensors):
             return original(*args, **kwargs)
-        signature = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else repr(t) for t in given)
+        signature = tuple(Shape.of(t) if isinstance(t, torch.Tensor) else repr(t) for t in given)
         switched = tuple((layer.disable_adapters, tuple(layer.active_adapters)) for layer in adapters)
         dtypes = tuple(p.dtype for p in block.parameters())
         key = (kind, signature, repr(structure), switched, dtypes, torch.is_autocast_enabled("cpu"))
@@ -59,7 +59,7 @@ def _remembering(meter: Meter, block: torch.nn.Module, known: dict[Any, _Run]) -
             return out
         meter.peak = max(meter.peak, meter.live + run.rise)
         meter.flops += run.flops
-        made = [torch.empty_strided(*m[:2], dtype=m[2], device=META) if isinstance(m, tuple) else m for m in run.made]
+        made = [m.made() if isinstance(m, Shape) else m for m in run.made]
         return tree_unflatten(made, run.structure)
 
     return forward
@@ -76,5 +76,5 @@ def _observed(meter: Meter, work: Callable[[], Any], given: list[torch.Tensor]) 
     if any(t.device != META or t.untyped_storage()._cdata in storages for t in results):
         return out, None
     leaves, structure = tree_flatten(out)
-    made = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in leaves)
+    made = tuple(Shape.of(t) if isinstance(t, torch.Tensor) else t for t in leaves)
     return out, _Run(structure, made, rise, meter.flops - flops)

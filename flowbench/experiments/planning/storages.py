@@ -55,7 +55,7 @@ class Meter(TorchDispatchMode):
         self.device = device
         self.live = self.peak = self.flops = 0
         self._known: dict[int, weakref.ref[Any]] = {}
-        self._results: dict[Any, list[_Shape] | None] = {}
+        self._results: dict[Any, list[Shape] | None] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -96,9 +96,9 @@ class Meter(TorchDispatchMode):
             out = _without_content(func, args, kwargs)
             made = [out] if isinstance(out, torch.Tensor) else list(out)
             if all(isinstance(t, torch.Tensor) and t.device == META for t in made):
-                self._results[key] = [_Shape(t.shape, t.stride(), t.dtype) for t in made]
+                self._results[key] = [Shape.of(t) for t in made]
             return out
-        made = [torch.empty_strided(s.shape, s.stride, dtype=s.dtype, device=META) for s in known]
+        made = [shape.made() for shape in known]
         return made[0] if len(func._schema.returns) == 1 else tuple(made)
 
     def count(self, tensor: torch.Tensor) -> None:
@@ -124,10 +124,21 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
+    """All that a meta tensor is."""
+
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Shape:
+        """A tensor's."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+    def made(self) -> torch.Tensor:
+        """A new tensor of it, on the device "meta"."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
 
 
 @cache
@@ -147,7 +158,7 @@ def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, torch.Tensor):
                 devices.add(item.device)
-                parts.append((item.shape, item.stride(), item.dtype))
+                parts.append(Shape.of(item))
             elif isinstance(item, list):
                 parts.append(tuple(item))
             else:
