@@ -108,6 +108,12 @@ def column(view: Any, place: int) -> list[str]:
     return view.locator(f"#w0-table tbody tr > :nth-child({place})").all_inner_texts()
 
 
+def unfold(details: Any, inside: str) -> None:
+    """Opens a <details> and waits for what it makes only then: the browser says `toggle` in a turn of its own."""
+    details.locator("summary").first.click()
+    details.locator(inside).first.wait_for()
+
+
 def test_a_heading_sorts_and_says_so(view: Any):
     head = view.locator("#w0-table thead th")
     assert head.first.get_attribute("aria-sort") == "ascending"
@@ -153,7 +159,7 @@ def test_every_picture_has_a_description_and_the_numbers_behind_it(view: Any):
     )
     assert pictures.evaluate_all(described)
     first = view.locator("#w0-figures figure").first
-    first.locator("summary").click()
+    unfold(first, "tbody tr")
     assert first.locator("tbody tr").count() == 5 * 5
 
 
@@ -185,7 +191,7 @@ def test_the_wall_turns_its_pages_under_the_arrow_keys_and_holds_four_methods(vi
 
 
 def test_a_method_shows_every_seed_with_its_command(view: Any):
-    view.locator("details.method", has_text="acflow").locator("summary").first.click()
+    unfold(view.locator("details.method", has_text="acflow"), ".body a")
     assert view.locator("details.method .body a").all_inner_texts() == ["How it works here", "Paper"]
     body = view.locator("details.method .body").first.inner_text()
     for seed in (100, 101, 102):
@@ -194,7 +200,7 @@ def test_a_method_shows_every_seed_with_its_command(view: Any):
 
 def test_hostile_names_are_text(view: Any):
     method = view.locator("details.method").first  # "<" sorts first
-    method.locator("summary").first.click()
+    unfold(method, ".body")
     shown = view.locator("body").inner_text()
     assert "<script>alert(1)</script>\"'& </script><!--<U+202E>" in shown
     assert view.locator("main script").count() == 0
@@ -202,7 +208,7 @@ def test_hostile_names_are_text(view: Any):
 
 @pytest.mark.parametrize("view", [{"width": 360}], indirect=True)
 def test_at_360_pixels_the_page_itself_does_not_scroll_sideways(view: Any):
-    view.locator("details.method").nth(1).locator("summary").first.click()
+    unfold(view.locator("details.method").nth(1), ".body a")
     assert view.evaluate("document.documentElement.scrollWidth") == 360
 
 
