@@ -33,11 +33,14 @@ class TrainingConfig(Section):
         (
             *("anchor_decay", "auxiliary_steps", "guidance_scale", "num_steps", "reward_scale", "sde_window"),
             *("rollout_batch", "sde_window_stay", "shared_noise", "encode_first", "offload", "reward_precision"),
-            *("compile", "rollout_dtype"),
+            *("compile", "overlap", "rollout_dtype"),
         )
     )
     divides: ClassVar = frozenset(
-        ("decode_batch", "encode_first", "gradient_checkpointing", "microbatch", "offload", "rollout_batch")
+        (
+            *("decode_batch", "encode_first", "gradient_checkpointing", "microbatch", "offload", "overlap"),
+            "rollout_batch",
+        )
     )
     observes: ClassVar = frozenset(("keep_checkpoints",))
 
@@ -61,6 +64,9 @@ class TrainingConfig(Section):
     microbatch: int | None = Field(None, ge=1, description="rows per backward pass; None is the whole minibatch")
     rollout_batch: int | None = Field(None, ge=1, description="images sampled at a time; None is all of an iteration")
     decode_batch: int = Field(64, ge=1, description="images decoded and scored at a time")
+    overlap: bool = Field(
+        True, description="on a GPU, decode and score images of an iteration while its next ones are sampled"
+    )
     gradient_checkpointing: bool = False
     sampler: str = Field("ode", description="sampler of training rollouts")
     eta: float = Field(0.7, ge=0, description="noise level of a stochastic sampler")
@@ -110,6 +116,15 @@ class TrainingConfig(Section):
     def images_per_iteration(self) -> int:
         """Images that one iteration generates."""
         return self.prompts_per_iteration * self.images_per_prompt
+
+    def overlaps(self, images: int) -> bool:
+        """Whether some of so many images can be decoded and scored while others are sampled.
+
+        That takes a rollout in several parts, of which the first are enough to decode; and rewards that stay on the
+        device, since those that leave it (`offload`) do so for want of memory.
+        """
+        parts = self.rollout_batch is not None and max(self.rollout_batch, self.decode_batch) < images
+        return self.overlap and parts and not self.offload
 
     @property
     def iterations(self) -> int:

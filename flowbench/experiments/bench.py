@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flowbench.registry import algorithms
 from flowbench.rollout import Batch, Rollout
 from flowbench.scoring.checkpoints import random_weights
 from flowbench.training.budget import Budget
+from flowbench.training.collect import Collector
 from flowbench.training.trainer import Trainer
 
 PLAIN = "plain-diffusers"
@@ -56,8 +58,28 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """Median seconds of rollout, decode and reward together, in portions of `portion` images.
+
+    beside: those of one portion scored while the next is sampled (`training.overlap`); in_turns: one after the other.
+    """
+
+    portion: int
+    in_turns: float
+    beside: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast it is beside."""
+        return self.in_turns / self.beside
+
+
+@dataclass(frozen=True)
 class BenchReport:
-    """What `flowbench bench` found. rollouts: images per second of rollout, decode and reward together."""
+    """What `flowbench bench` found. rollouts: images per second of rollout, decode and reward, one after the other.
+
+    overlap: what it brings to have them beside each other; None where that is not done, as on a CPU.
+    """
 
     model: str
     algorithm: str
@@ -71,6 +93,7 @@ class BenchReport:
     rollouts: float
     speeds: tuple[Speed, ...]
     plain_seconds: float | None
+    overlap: Overlap | None
     versions: dict[str, str]
 
     @property
@@ -84,6 +107,8 @@ class BenchReport:
         content = asdict(self)
         for line, speed in zip(content["speeds"], self.speeds, strict=True):
             line["rate"] = speed.rate
+        if self.overlap is not None:
+            content["overlap"]["speedup"] = self.overlap.speedup
         return {**content, "over_plain": self.over_plain}
 
 
@@ -135,6 +160,8 @@ class _Bench:
         self.images = config.training.images_per_iteration
         self.times: dict[str, list[float]] = {}
         self.rows = self.images
+        trainer.collector.overlaps = False  # each part on its own
+        self.beside = self._collector()
 
     def report(self, repeats: int, compare: str | None, progress: Callable[[int], None]) -> BenchReport:
         """Warm up, count operations and memory once, then time."""
@@ -167,10 +194,25 @@ class _Bench:
             rollouts=self.images / iteration,
             speeds=tuple(speeds),
             plain_seconds=seconds.get(PLAIN),
+            overlap=self._overlap(seconds),
             versions=package_versions(),
         )
 
+    def _overlap(self, seconds: dict[str, float]) -> Overlap | None:
+        if self.beside is None:
+            return None
+        return Overlap(self.beside.config.training.decode_batch, seconds["in turns"], seconds["beside"])
+
     # --- the parts ------------------------------------------------------------------------------------------------
+
+    def _collector(self) -> Collector | None:
+        """One that samples, and scores beside that, a quarter of the images at a time; None where that is not done."""
+        t = self.config.training
+        portion = min(t.decode_batch, self.images // PROMPTS)  # a whole prompt's, which no algorithm cuts
+        cut = t.model_copy(update={"rollout_batch": portion, "decode_batch": portion})
+        trainer, config = self.trainer, self.config.model_copy(update={"training": cut})
+        collector = Collector(config, self.policy, trainer.algorithm, trainer.reward, trainer.prompts)
+        return collector if collector.overlaps else None
 
     def _collect(self, k: int, budget: Budget) -> Rollout:
         return self.trainer.collector.collect(k, budget)
@@ -217,6 +259,10 @@ class _Bench:
         batch = self._prepared(rollout)
         self._time("update", lambda: self.trainer.updater.update(batch, k))
         self._time("evaluation", self._evaluate)
+        if self.beside is not None:
+            for part, beside in (("in turns", False), ("beside", True)):
+                self.beside.overlaps = beside
+                self._time(part, partial(self.beside.collect, k, Budget()))
         if compare == PLAIN:
             self._time(PLAIN, self._plain)
         a = _square(self.device)

@@ -42,21 +42,30 @@ class Portion:
     def __init__(self, what: str, size: int | None = None, unit: str = "images", ledger: Ledger | None = None) -> None:
         self.what, self.size, self.unit, self.ledger = what, size, unit, ledger
 
-    def map(self, work: Callable[[slice], T], n: int, groups: Sequence[int] | None = None) -> Iterator[T]:
-        """work(rows) of consecutive portions of n rows, in turn.
+    def map(
+        self,
+        work: Callable[[slice], T],
+        n: int,
+        groups: Sequence[int] | None = None,
+        start: int = 0,
+        alone: Callable[[], bool] | None = None,
+    ) -> Iterator[T]:
+        """work(rows) of consecutive portions of n rows from row `start` on, in turn.
 
         A portion that runs out of memory is tried again in halves, those before it are not. groups: lengths of runs of
         rows that are never cut apart; they sum to n, and one that is longer than `size` is a portion of its own.
+        alone: asked before that; it waits for other work that takes memory, and is true where the whole portion is
+        worth another try.
         Raises RunError when a portion does not fit that cannot be cut.
         """
         ends = range(1, n + 1) if groups is None else [*accumulate(groups)]
-        start = 0
         while start < n:
             first = bisect_right(ends, start)
             least, stop = ends[first], ends[max(first, bisect_right(ends, start + (self.size or n)) - 1)]
             result = _tried(partial(work, slice(start, stop)), self.ledger)
             if result is None:
-                self._halve(stop - start, least - start)
+                if alone is None or not alone():
+                    self._halve(stop - start, least - start)
                 continue
             yield result.pop()  # not kept while the next one is worked on
             start = stop

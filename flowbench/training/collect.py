@@ -1,12 +1,13 @@
 """The first half of an iteration: prompts are drawn, images generated and scored, in portions that fit the device.
 
-What an iteration keeps of latents and images lies in host memory where the model is on a GPU.
+What an iteration keeps of latents and images lies in host memory where the model is on a GPU. There the images of one
+portion are decoded and scored while the next is sampled (`training.overlap`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,16 +18,21 @@ from flowbench.config import RunConfig, TrainingConfig
 from flowbench.models.memory import Portion
 from flowbench.models.policy import Policy, Samples
 from flowbench.prompts import Prompt
-from flowbench.reward import Reward, check_signal, checked_score
+from flowbench.reward import Reward, check_signal
 from flowbench.rollout import Conditioning, Rollout, RolloutPlan
 from flowbench.seeding import generator_for
 from flowbench.stored import HOST, Shelf
+from flowbench.training.beside import Helper, pays_on
 from flowbench.training.budget import Budget
 from flowbench.training.processes import joined, own_groups
+from flowbench.training.scored import ScoredImages
 
 
 class Collector:
-    """Generates and scores the images of one iteration after another."""
+    """Generates and scores the images of one iteration after another.
+
+    overlaps: whether it scores in a second thread while it generates; it ends when memory runs out for both at once.
+    """
 
     def __init__(
         self, config: RunConfig, policy: Policy, algorithm: Algorithm, reward: Reward, prompts: tuple[Prompt, ...]
@@ -35,6 +41,9 @@ class Collector:
         self.sampling = Portion("the rollout", config.training.rollout_batch, ledger=policy.evaluations)
         self.decoding = Portion("decoding", config.training.decode_batch)
         self.scoring = Portion("scoring", config.training.decode_batch)
+        own = len(own_groups(policy.processes, config.training)[0]) * config.training.images_per_prompt
+        self.overlaps = pays_on(policy.device) and config.training.overlaps(own)
+        self._stream = torch.cuda.Stream(policy.device) if self.overlaps and policy.device.type == "cuda" else None
 
     def collect(self, iteration: int, budget: Budget) -> Rollout:
         """The scored images of iteration `iteration`, counted from 0.
@@ -48,15 +57,15 @@ class Collector:
         groups, mine = own_groups(processes, self.config.training)
         self.policy.generator = generator_for(seed, "rollout", iteration)
         draws = processes.drawing(groups, self.config.training.prompts_per_iteration)
-        with self.policy.rollout_precision(), budget.timed("rollout", device), draws:
-            cond = self.policy.encode(prompts)
-            samples = self._sampled(cond.select(torch.arange(len(group))[mine]), group[mine], iteration)
-        with self.policy.rollout_precision(), budget.timed("decode", device), torch.no_grad():
-            images = self._decoded(samples.x0)
-        with budget.timed("reward", device):
-            scores = self._scores(images, prompts[mine], budget)
+        scored = ScoredImages(self.policy, self.reward, prompts[mine], self.decoding, self.scoring, budget)
+        with self.policy.rollout_precision(), draws:
+            with budget.timed("rollout", device):
+                cond = self.policy.encode(prompts)
+            own = cond.select(torch.arange(len(group))[mine])
+            samples = self._sampled_and_scored(own, group[mine], iteration, scored, budget)
+        budget.reward_calls += len(scored.prompts) * len(self.reward.parts())
         self._let_rewards_rest()
-        samples, images, scores = joined(processes, samples, images, scores)
+        samples, images, scores = joined(processes, samples, scored.images, scored.scores)
         for name, part in self.reward.parts().items():
             check_signal(part.info, scores[name], iteration + 1)
         self.reward.observe(scores)
@@ -76,10 +85,45 @@ class Collector:
             step_std=samples.std,
         )
 
-    def _sampled(self, cond: Conditioning, group: torch.Tensor, iteration: int) -> Samples:
+    def _sampled_and_scored(
+        self, cond: Conditioning, group: torch.Tensor, iteration: int, scored: ScoredImages, budget: Budget
+    ) -> Samples:
+        """The rollout of images with this conditioning and these groups (B,), decoded and scored after it.
+
+        Or, where the device has room for both, beside it: whole portions of what is sampled so far, so that no batch
+        is another one. No process speaks to others meanwhile.
+        """
+        kept = KeptSamples(len(group), self.policy.device)
+        if not self.overlaps:
+            with budget.timed("rollout", self.policy.device):
+                for part in self._sampled(cond, group, iteration):
+                    kept.add(part)
+            samples = kept.whole()
+            scored.proceed(samples.x0, len(group))
+            return samples
+        begun, size = 0, self.config.training.decode_batch
+        with Helper(self._stream) as helper:
+            try:
+                parts = self._sampled(cond, group, iteration, helper.main_alone)
+                while kept.count < len(group):
+                    with budget.timed("rollout", self.policy.device):
+                        kept.add(next(parts))
+                    ready = kept.count if kept.count == len(group) else kept.count // size * size
+                    if ready > begun:
+                        helper.start(partial(scored.proceed, kept.x0, ready, helper.piece_alone))
+                        begun = ready
+                helper.wait()
+            finally:
+                scored.given_up = True
+                self.overlaps = self.overlaps and not helper.taking_turns
+        return kept.whole()
+
+    def _sampled(
+        self, cond: Conditioning, group: torch.Tensor, iteration: int, alone: Callable[[], bool] | None = None
+    ) -> Iterator[Samples]:
         """The rollout of images with this conditioning and these groups (B,), portion by portion.
 
-        All of its noise is drawn first, so that it does not depend on the portions.
+        All of its noise is drawn first, so that it does not depend on the portions. alone: as in `Portion.map`.
         """
         training, policy, needs, plan = self.config.training, self.policy, self.algorithm.needs(), self.algorithm.plan()
         window = stochastic_steps(training, policy.num_steps, self.config.seed, iteration)
@@ -105,15 +149,7 @@ class Collector:
             )
 
         branches = None if plan.branch_step is None else group.unique_consecutive(return_counts=True)[1].tolist()
-        return kept_samples(self.sampling.map(sample, len(group), branches), len(group), policy.device)
-
-    @torch.no_grad()
-    def _decoded(self, x0: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of latents (B, C, h, w)."""
-        shelf = Shelf(len(x0), self.policy.device)
-        for images in self.decoding.map(lambda rows: self.policy.decode(x0[rows]), len(x0)):
-            shelf.add(images)
-        return shelf.whole()
+        return self.sampling.map(sample, len(group), branches, alone=alone)
 
     def _let_rewards_rest(self) -> None:
         for part in self.reward.parts().values():
@@ -135,34 +171,35 @@ class Collector:
         group = torch.arange(count).repeat_interleave(training.images_per_prompt)
         return group, tuple(self.prompts[chosen[g]] for g in group)
 
-    @torch.no_grad()
-    def _scores(self, images: torch.Tensor, prompts: tuple[str, ...], budget: Budget) -> dict[str, torch.Tensor]:
-        """Raw scores (B,) of images by each part of the reward."""
-        scores = {}
-        for name, part in self.reward.parts().items():
-            work = partial(_score, part, images, prompts)
-            scores[name] = torch.cat([*self.scoring.map(work, len(prompts))])
-            budget.reward_calls += len(prompts)
-        return scores
 
+class KeptSamples:
+    """The samples of n rows, which come in consecutive parts; latents are kept as a `Shelf` keeps them."""
 
-def kept_samples(parts: Iterator[Samples], n: int, device: torch.device) -> Samples:
-    """The samples of n rows, from those of consecutive parts; latents are kept as a `Shelf` keeps them."""
-    shelves = {name: Shelf(n, device) for name in ("x0", "states", "mean")}
-    small: dict[str, list[torch.Tensor]] = {"log_prob": [], "std": []}
-    kept: dict[str, Any] = {"states": None, "log_prob": None}
-    for part in parts:
-        kept["sigmas"] = part.sigmas
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.count = 0
+        self._shelves = {name: Shelf(n, device) for name in ("x0", "states", "mean")}
+        self._small: dict[str, list[torch.Tensor]] = {"log_prob": [], "std": []}
+        self._sigmas: torch.Tensor | None = None
+
+    @property
+    def x0(self) -> torch.Tensor:
+        """The latents (n, C, h, w), of which `count` rows have come, at least one."""
+        return self._shelves["x0"].whole()
+
+    def add(self, part: Samples) -> None:
+        """Keep the next rows."""
+        self._sigmas = part.sigmas
         for name, value in vars(part).items():
             if value is not None and name != "sigmas":
-                shelves[name].add(value) if name in shelves else small[name].append(value)
-    kept |= {name: shelf.whole() for name, shelf in shelves.items() if shelf.rows is not None}
-    kept |= {name: torch.cat(values) for name, values in small.items() if values}
-    return Samples(**kept)
+                self._shelves[name].add(value) if name in self._shelves else self._small[name].append(value)
+        self.count += len(part.x0)
 
-
-def _score(reward: Reward, images: torch.Tensor, prompts: tuple[str, ...], rows: slice) -> torch.Tensor:
-    return checked_score(reward, images[rows], prompts[rows])
+    def whole(self) -> Samples:
+        """The samples of all rows."""
+        kept: dict[str, Any] = {"sigmas": self._sigmas, "states": None, "log_prob": None}
+        kept |= {name: shelf.whole() for name, shelf in self._shelves.items() if shelf.rows is not None}
+        kept |= {name: torch.cat(values) for name, values in self._small.items() if values}
+        return Samples(**kept)
 
 
 def stochastic_steps(training: TrainingConfig, num_steps: int, seed: int, iteration: int) -> range | None:

@@ -21,7 +21,8 @@ def show(plan: Plan) -> None:
     d = plan.division
     console.print(
         f"at a time: {d.rollout} images of a rollout, {d.decode} decoded or scored, {d.microbatch} rows of an update, "
-        f"{d.evaluation} images of an evaluation; rewards {'only there to score' if d.offload else 'always there'}",
+        f"{d.evaluation} images of an evaluation; rewards {'only there to score' if d.offload else 'always there'}"
+        + ("; decoding and scoring beside the rollout" if d.overlap else ""),
         highlight=False,
         soft_wrap=True,
     )

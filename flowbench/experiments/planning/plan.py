@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flowbench.config import RunConfig
@@ -31,7 +31,7 @@ class Division:
 
     rollout: images sampled at a time in training; decode: images decoded or scored; microbatch: rows per backward pass;
     evaluation: images sampled or scored at a time in evaluation, evaluation_decode: decoded; offload: whether rewards
-    are on the device only to score.
+    are on the device only to score; overlap: whether images are decoded and scored while others are sampled.
     """
 
     rollout: int
@@ -40,6 +40,7 @@ class Division:
     evaluation: int
     evaluation_decode: int
     offload: bool = False
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def configured(config: RunConfig, needs: Needs) -> Division:
         evaluation=config.evaluation.batch,
         evaluation_decode=needs.evaluation_decode,
         offload=bool(t.offload),
+        overlap=t.overlaps(t.images_per_iteration),
     )
 
 
@@ -146,9 +148,11 @@ def phases_of(config: RunConfig, needs: Needs, division: Division) -> Iterator[P
     yield Phase("encode", {**reward, "encoders": _encoders(needs, d)}, needs.encode.at(ENCODED), f"{ENCODED} texts")
     rollout = _sampled(needs, d.rollout) + needs.states * d.rollout
     yield Phase("rollout", {**model, **reward}, rollout, f"{d.rollout} images")
-    yield Phase("decode", {**model, **reward}, needs.decode.at(d.decode), f"{d.decode} images")
+    beside, told = (rollout, f"{d.decode} images beside the rollout of {d.rollout}") if d.overlap else (0, "")
+    told = told or f"{d.decode} images"
+    yield Phase("decode", {**model, **reward}, needs.decode.at(d.decode) + beside, told)
     scoring = {**model, **({"reward": needs.reward} if needs.reward else {})}
-    yield Phase("score", scoring, needs.score.at(d.decode) + needs.pixels * d.decode, f"{d.decode} images")
+    yield Phase("score", scoring, needs.score.at(d.decode) + needs.pixels * d.decode + beside, told)
     seeing = scoring if needs.scored else {**model, **reward}
     yield Phase(
         "update", {**seeing, "gradients": needs.gradients}, needs.update.at(d.microbatch), f"{d.microbatch} rows"
@@ -183,7 +187,7 @@ def usable(limit: int) -> int:
 
 def fitted(config: RunConfig, needs: Needs, limit: int) -> Division:
     """The largest division, at most the configured one, whose phases all stay below the limit; rewards leave the
-    device only where they must.
+    device only where they must, and images are scored while others are sampled only where that leaves room for it.
 
     Raises RunError, naming the phase, where there is none.
     """
@@ -202,11 +206,13 @@ def fitted(config: RunConfig, needs: Needs, limit: int) -> Division:
     for field in ("rollout", "decode", "microbatch", "evaluation", "evaluation_decode"):
         most = getattr(asked, field)
         for size in (most, *(s for s in SIZES if s < most)):
-            tried = Division(**{**asdict(division), field: size})
+            tried = replace(division, **{field: size})
             if all(phase.peak <= room for phase in phases_of(config, needs, tried)):
                 division = tried
                 break
-    return division
+    tried = replace(division, overlap=config.training.overlap)
+    can = divided(config, tried).training.overlaps(config.training.images_per_iteration)
+    return tried if can and all(phase.peak <= room for phase in phases_of(config, needs, tried)) else division
 
 
 def divided(config: RunConfig, division: Division) -> RunConfig:
@@ -216,6 +222,7 @@ def divided(config: RunConfig, division: Division) -> RunConfig:
         "decode_batch": division.decode,
         "microbatch": division.microbatch,
         "offload": division.offload,
+        "overlap": division.overlap,
     }
     evaluation = {"batch": division.evaluation, "decode_batch": division.evaluation_decode}
     return config.model_copy(
