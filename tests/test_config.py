@@ -158,6 +158,7 @@ def test_the_hash_ignores_seed_and_device_and_nothing_else(tiny_config: MakeConf
         ("training.microbatch", 3),
         ("training.decode_batch", 3),
         ("training.rollout_batch", 3),
+        ("training.overlap", False),
         ("training.gradient_checkpointing", True),
         ("evaluation.batch", 3),
     ],

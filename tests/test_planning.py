@@ -211,6 +211,38 @@ def test_rewards_leave_the_device_only_where_they_must():
     assert fitted(config, LARGE, 14 * GIB).offload
 
 
+def test_decoding_and_scoring_beside_a_rollout_need_room_for_both_at_once():
+    parts = {"training.rollout_batch": 64, "training.decode_batch": 32}
+    config = resolve_config("nft", "clip", "sd3-medium", overrides=parts)
+    both = configured(config, LARGE)
+    assert both.overlap
+    assert not configured(resolve_config("nft", "clip", "sd3-medium", overrides={}), LARGE).overlap  # in one part
+    beside, turns = (
+        {phase.name: phase for phase in phases_of(config, LARGE, division)}
+        for division in (both, replace(both, overlap=False))
+    )
+    for name in ("decode", "score"):
+        assert beside[name].peak == turns[name].peak + turns["rollout"].slice
+        assert beside[name].detail == "32 images beside the rollout of 64"
+    for name in turns.keys() - {"decode", "score"}:
+        assert beside[name] == turns[name]
+
+
+def test_a_limit_has_them_take_turns_unless_both_fit_beside_each_other():
+    parts = {"training.rollout_batch": 128, "training.decode_batch": 32}
+    config = resolve_config("nft", "clip", "sd3-medium", overrides=parts)
+    asked = configured(config, LARGE)
+    needed = max(phase.peak for phase in phases_of(config, LARGE, asked) if phase.name in ("decode", "score"))
+    for room, expected in ((needed + GIB // 2, True), (needed - GIB // 2, False)):
+        limit = int(room * 1.05 + GIB)
+        division = fitted(config, LARGE, limit)
+        assert (division.rollout, division.decode, division.offload) == (128, 32, False)
+        assert division.overlap == divided(config, division).training.overlap == expected
+        assert all(phase.peak <= usable(limit) for phase in phases_of(config, LARGE, division))
+    refused = resolve_config("nft", "clip", "sd3-medium", overrides={**parts, "training.overlap": False})
+    assert not fitted(refused, LARGE, 80 * GIB).overlap
+
+
 def test_a_limit_that_no_division_keeps_is_one_line_that_names_the_phase():
     config = resolve_config("nft", "clip", "sd3-medium", overrides={})
     with pytest.raises(RunError, match=r"--memory-limit 9GiB .* phase 'encode'.*9\.\d GiB with 32 texts"):
