@@ -18,6 +18,7 @@ from flowbench.errors import UsageError
 from flowbench.evaluation.judges import build_reward
 from flowbench.experiments.planning.storages import Meter
 from flowbench.experiments.run import build_algorithm, build_policy
+from flowbench.models.activations import own_gelu
 from flowbench.models.devices import pick_device
 from flowbench.models.policy import Policy
 from flowbench.models.presets import AnalyticPreset, load_preset
@@ -240,7 +241,7 @@ class _Bench:
         arguments = self.policy.family.call_arguments(self.policy.num_steps, scale)
         self.policy.pipeline.set_progress_bar_config(disable=True)
         size, noise = t.decode_batch, self.policy.draw_noise(self.images).to(self.policy.model_dtype)
-        with torch.no_grad():
+        with torch.no_grad(), own_gelu(self.policy.transformer):
             for start in range(0, self.images, size):
                 texts, part = self._texts()[start : start + size], noise[start : start + size]
                 self.policy.pipeline(prompt=texts, latents=part, output_type="pt", **arguments)

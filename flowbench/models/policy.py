@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flowbench.errors import UsageError
+from flowbench.models.activations import use_fast_gelu
 from flowbench.models.compiling import Compiler
 from flowbench.models.counting import Evaluations
 from flowbench.models.families import family_class
@@ -63,6 +64,7 @@ class Policy(Velocities):
         self._anchored, self.gradient_checkpointing = False, gradient_checkpointing
         for part in self.family.modules():
             part.requires_grad_(False).eval().to(device)
+        use_fast_gelu(self.transformer)
         self.texts = TextCache(self.family, device)
         self.views = make_views(self.family, tuning, gradient_checkpointing)
         self.rollout_dtype = self.family.lower_dtype(rollout_dtype)
