@@ -29,8 +29,8 @@ fi
 # One iteration of 16 images, on a GPU the first eight scored beside the rollout of the others; evaluated on two prompts
 # by no further judge.
 cut+=(--images 16 --set training.prompts_per_iteration=4 --set training.images_per_prompt=4
-    --set training.minibatch=16 --set training.rollout_batch=8 --set training.decode_batch=4 --set 'evaluation.judges=[]' --set 'evaluation.splits=[test]'
-    --set evaluation.prompts=2 --set evaluation.images_per_prompt=2)
+    --set training.minibatch=16 --set training.rollout_batch=8 --set training.decode_batch=4
+    --set 'evaluation.judges=[]' --set 'evaluation.splits=[test]' --set evaluation.prompts=2 --set evaluation.images_per_prompt=2)
 
 # A command within what is left of the time; says how it ended, and goes on.
 try() {

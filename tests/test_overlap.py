@@ -20,6 +20,7 @@ from flowbench.experiments.bench import bench, bench_config
 from flowbench.experiments.run import build_algorithm, build_policy
 from flowbench.models.memory import Portion
 from flowbench.models.presets import load_preset
+from flowbench.models.processes import ALONE
 from flowbench.prompts import load_split
 from flowbench.rollout import RolloutPlan
 from flowbench.training.beside import Helper
@@ -139,6 +140,21 @@ def test_seconds_of_a_part_are_those_of_its_own_thread_so_that_they_may_sum_to_m
     assert min(seconds["decode"], seconds["reward"]) >= 0.16
     assert seconds["rollout"] + seconds["decode"] + seconds["reward"] > trainer.budget.seconds
     assert trainer.budget.overhead == 0
+
+
+def test_the_second_thread_speaks_to_no_other_process(in_the_plane: Callable[..., Trainer]):
+    trainer, threads = in_the_plane(), set()
+
+    class Heard:
+        """The processes, and which threads ask them anything."""
+
+        def __getattr__(self, name: str) -> Any:
+            threads.add(threading.current_thread().name)
+            return getattr(ALONE, name)
+
+    trainer.policy.processes = Heard()
+    trainer.collector.collect(0, trainer.budget)
+    assert threads == {MAIN}
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
