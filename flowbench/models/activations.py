@@ -56,6 +56,8 @@ class _SigmoidGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         gate = (x * x).mul_(CUBIC).add_(LINEAR).mul_(x).sigmoid_()
+        if not ctx.needs_input_grad[0]:
+            return gate.mul_(x)
         ctx.save_for_backward(x, gate)
         return gate * x
 
