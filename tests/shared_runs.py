@@ -29,6 +29,7 @@ from flowbench.models.policy import Policy
 from flowbench.models.presets import load_preset
 from flowbench.models.processes import ALONE, Processes, started
 from flowbench.prompts import load_split
+from flowbench.registry import algorithms
 from flowbench.reward import Reward, register_reward
 from flowbench.training.state import save_state
 from flowbench.training.trainer import Trainer
@@ -55,13 +56,14 @@ TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run of two iterations; overrides: beside TRAINING."""
+    """A run of two iterations; overrides: beside TRAINING; half: all weights but the trained ones in bfloat16."""
 
     algorithm: str
     overrides: dict[str, Any] = field(default_factory=dict)
     model: str = "gaussian"
     reward: str = "linear"
     whole_groups: bool = False
+    half: bool = False
 
 
 # Of 24 rows one is left over: then one of two processes has none.
@@ -90,6 +92,17 @@ CASES: dict[str, Case] = {
     "sd3 flow-grpo": Case("flow-grpo", {**LORA, "training.minibatch": 13}, SD3, "evenly-shaded"),
     "sd3 nft": Case("nft", {**LORA, "algorithm.old_ramp": 0.2}, SD3, "evenly-shaded"),
 }
+
+
+def beside_t5(algorithm: str) -> Case:
+    """One iteration of LoRA beside a tiny SD3 with T5 in half precision."""
+    fields = algorithms.get(algorithm).cls.Config.model_fields
+    few = {f"algorithm.{name}": 0 for name in ("warmup",) if name in fields}
+    return Case(algorithm, {**LORA, "training.images": 6, **few}, SD3, "evenly-shaded", half=True)
+
+
+HALF: dict[str, Case] = {f"t5 {name}": beside_t5(name) for name in algorithms.names()}
+ALL: dict[str, Case] = {**CASES, **HALF}
 
 
 class Centred(OrwCfmW2):
@@ -136,7 +149,9 @@ def make_trainer(case: Case, root: Path, folder: Path, processes: Processes) -> 
     config = configuration(case, root)
     preset = load_preset(config.model)
     if case.model == SD3:
-        preset = preset.model_copy(update={"max_sequence_length": 32, "num_steps": 2})
+        assert preset.has_t5
+        precision = "bfloat16" if case.half else "float32"
+        preset = preset.model_copy(update={"max_sequence_length": 32, "num_steps": 2, "cpu_dtype": precision})
     reward = build_reward(config.reward, preset, CPU, config.training.reward_scale == "standardized")
     policy = build_policy(config, preset, CPU)
     policy.processes = processes
@@ -160,14 +175,14 @@ def state(trainer: Trainer) -> dict[str, Any]:
 
 def train(name: str, root: Path, folder: Path, processes: Processes = ALONE) -> dict[str, Any]:
     """Make the run of a case in a folder; returns `state`."""
-    trainer = make_trainer(CASES[name], root, folder, processes)
+    trainer = make_trainer(ALL[name], root, folder, processes)
     trainer.run()
     return state(trainer)
 
 
 def stop_after_one(name: str, root: Path, folder: Path, processes: Processes = ALONE, rank: int = 0) -> str:
     """Begin that run; a signal to the process of this rank ends it after its first iteration. Returns what it says."""
-    trainer = make_trainer(CASES[name], root, folder, processes)
+    trainer = make_trainer(ALL[name], root, folder, processes)
     trainer.on_iteration = lambda log: os.kill(os.getpid(), signal.SIGINT) if processes.rank == rank else None
     try:
         trainer.run()
@@ -178,7 +193,7 @@ def stop_after_one(name: str, root: Path, folder: Path, processes: Processes = A
 
 def resume(name: str, root: Path, folder: Path, processes: Processes = ALONE) -> dict[str, Any]:
     """Continue that run to its end; returns `state`."""
-    trainer = make_trainer(CASES[name], root, folder, processes)
+    trainer = make_trainer(ALL[name], root, folder, processes)
     assert trainer.resume()
     assert trainer.iteration == 1
     trainer.run()
@@ -212,7 +227,7 @@ def main(root: Path) -> None:
     """All runs, shared by two processes; what each learned and said lies then below root."""
     said: dict[str, Any] = {}
     with started("cpu") as processes:
-        for name in CASES:
+        for name in ALL:
             result = train(name, root, root / "shared" / name, processes)
             if processes.is_main:
                 save_state(root / "shared" / name / "state", result)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import shared_runs
 import torch
-from shared_runs import CASES
+from shared_runs import CASES, HALF
 
 import flowbench
 from flowbench.config import TrainingConfig
@@ -95,6 +95,18 @@ def test_two_processes_make_the_update_of_one(
     for one, two in zip(read_log(tmp_path), read_log(root / "shared" / name), strict=True):
         assert one["reward"] == pytest.approx(two["reward"], rel=1e-5)
         assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_two_processes_train_a_lora_in_half_precision_beside_t5(name: str, root: Path, said: Said, tmp_path: Path):
+    trainer = shared_runs.make_trainer(HALF[name], root, tmp_path, ALONE)
+    before = [p.detach().clone() for p in trainer.updater.parameters]
+    trainer.run()
+    alone, shared = shared_runs.state(trainer), load_state(root / "shared" / name / "state")
+    moves = [[a - b for a, b in zip(run["current"], before, strict=True)] for run in (alone, shared)]
+    assert any(move.any() for move in moves[0])
+    assert distance(*moves) < 0.05  # a gradient near 0 may change its sign by rounding, and its step with it
+    assert alone["spent"] == shared["spent"]
 
 
 def test_a_run_continues_with_another_number_of_processes(root: Path, said: Said):
