@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowbench.cli.executors import (
+    CoresOption,
+    ExecutorOption,
+    GpusOption,
+    JobsOption,
+    SlurmOption,
+    chosen_executor,
+)
 from flowbench.cli.options import (
     LARGEST_SEED,
     MOST_SEEDS,
@@ -19,7 +27,7 @@ from flowbench.cli.options import (
     PromptsOption,
     SettingsOption,
 )
-from flowbench.errors import RunError, UsageError
+from flowbench.errors import RunError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
 if TYPE_CHECKING:
@@ -30,15 +38,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Workloads x algorithms x seeds from a file.", rich_markup_mode=None)
 
 SuiteArgument = Annotated[str, typer.Argument(metavar="SUITE", help="A built-in suite's name, or a YAML file.")]
-ExecutorOption = Annotated[str, typer.Option(help="local, ray or slurm.")]
-JobsOption = Annotated[
-    int | None, typer.Option(min=1, help="Runs at a time; default 1, elsewhere what there is room for.")
-]
-CoresOption = Annotated[int, typer.Option(min=1, help="Cores of each run; other numbers may round otherwise.")]
-GpusOption = Annotated[int | None, typer.Option(min=0, help="GPUs of each run; default: 1 where it uses one.")]
-SlurmOption = Annotated[
-    list[str], typer.Option("--slurm", metavar="KEY=VALUE", help="Option of Slurm, as submitit names it; repeatable.")
-]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make runs again that failed earlier.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the runs and their state.")]
 
@@ -64,7 +63,7 @@ def run(
     if dry_run:
         display.plan(cells)
         return
-    where = _executor(executor, jobs, cores, gpus, slurm, device, output)
+    where = chosen_executor(executor, jobs, cores, gpus, slurm, device, output)
     from flowbench.experiments.suite import load_suite
     from flowbench.locks import locked
 
@@ -135,7 +134,7 @@ def compare(
     if dry_run:
         display.plan(cells)
         return
-    where = _executor(executor, jobs, cores, gpus, slurm, device, output)
+    where = chosen_executor(executor, jobs, cores, gpus, slurm, device, output)
     outcomes = _carried_out(cells, where, plugin, retry_failed)
     display.comparisons(comparisons(cells, outcomes, split), cells)
 
@@ -151,24 +150,6 @@ def _planned(suite: str, output: Path, device: str, plugin: Sequence[Path]) -> t
     for file in (*loaded.plugins, *more):
         load_plugin_file(file)
     return plan_suite(loaded, output, device, more), [*loaded.plugins, *more]
-
-
-def _executor(
-    name: str, jobs: int | None, cores: int, gpus: int | None, slurm: Sequence[str], device: str, output: Path
-) -> Executor:
-    from flowbench.experiments.executors import default_gpus, make_executor
-    from flowbench.models.devices import pick_device
-
-    if name == "local":
-        pick_device(device)  # now, and not as the failure of every run
-    options = {}
-    for text in slurm:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--slurm {text!r} has no '='; write --slurm partition=gpu")
-        options[key.strip()] = value.strip()
-    each = default_gpus(name, device) if gpus is None else gpus
-    return make_executor(name, jobs, cores, each, logs=output / "slurm", options=options)
 
 
 def _carried_out(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import BusyError, RunError, RunInterruptedError, UsageError
+from flowbench.experiments.executors import DIED
 from flowbench.experiments.folder import DONE, RECORD, run_folder
 from flowbench.experiments.outcome import failed_record
 from flowbench.experiments.run import Listener, execute
@@ -22,6 +23,8 @@ from flowbench.record import Record, load_record
 from flowbench.training.checkpoint import METRICS, checkpoint_files
 
 INTERRUPTED = "interrupted; finished runs are kept, the same command continues"
+
+NO_SPACE = "No space left on device"  # as the system says it
 
 BUSY_SECONDS = 30.0  # a worker whose study was killed ends within that, and its lock with it
 
@@ -39,13 +42,17 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to make; label tells it from the study's other runs, command makes the same run alone."""
+    """One run to make; label tells it from the study's other runs, command makes the same run alone.
+
+    lean: it is one of many trials, and leaves no pictures and no checkpoint.
+    """
 
     label: str
     config: RunConfig
     folder: Path
     command: str
     stamp: Stamp | None = None
+    lean: bool = False
 
     @property
     def done(self) -> bool:
@@ -74,11 +81,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its record, or in one line why it has none."""
+    """What became of a job: its record, or in one line why it has none.
+
+    cut_off: the run did not fail by itself: its worker died, the disk is full, or another process has its folder.
+    """
 
     job: Job
     record: Record | None
     failure: str | None = None
+    cut_off: bool = False
 
 
 def make_job(
@@ -136,7 +147,7 @@ def run_job(job: Job, listener: Listener = Listener()) -> Outcome:
         while True:
             try:
                 resume = job.done or bool(checkpoint_files(job.folder))
-                return Outcome(job, execute(job.config, job.folder, job.command, resume, listener))
+                return Outcome(job, execute(job.config, job.folder, job.command, resume, listener, lean=job.lean))
             except BusyError:
                 if time.monotonic() > patience:
                     raise
@@ -183,6 +194,11 @@ def kept_failure(job: Job) -> str | None:
     except UsageError:
         return None  # an unfinished run's record counts for nothing
     return record.failure or "failed" if record.status == "failed" else None
+
+
+def of_the_machine(failure: str) -> bool:
+    """Whether a failure says nothing of the run, which may do well at another time."""
+    return failure.startswith((DIED, "MemoryError")) or NO_SPACE in failure
 
 
 def forget_failure(job: Job) -> None:

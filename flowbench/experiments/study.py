@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT
 
@@ -18,6 +18,7 @@ from flowbench.experiments.jobs import (
     forget_failure,
     keep_failure,
     make_job,
+    of_the_machine,
     run_job,
     settled,
     spell,
@@ -110,9 +111,9 @@ def _kept(job: Job, failure: str | None) -> Outcome:
         keep_failure(job, failure)
     outcome = settled(job)
     if outcome is None and failure is not None:
-        return Outcome(job, None, failure)  # another process is at it, and its folder is left alone
+        return Outcome(job, None, failure, cut_off=True)  # another process is at it, and its folder is left alone
     if outcome is None:
         keep_failure(job, "it left no record; is its folder on a file system that all machines share?")
         outcome = settled(job)
     assert outcome is not None
-    return outcome
+    return replace(outcome, cut_off=failure is not None and of_the_machine(failure))
