@@ -31,16 +31,20 @@ def chosen_executor(
 
     Raises UsageError for a device that is not here, or options that do not fit.
     """
-    from flowbench.experiments.executors import default_gpus, make_executor
-    from flowbench.models.devices import pick_device
+    from flowbench.experiments.executors import executor_for
 
-    if name == "local":
-        pick_device(device)  # now, and not as the failure of every run
+    return executor_for(name, jobs, cores, gpus, device, output, slurm_options(slurm))
+
+
+def slurm_options(given: Sequence[str]) -> dict[str, str]:
+    """Slurm's options from KEY=VALUE.
+
+    Raises UsageError for one that has no such form.
+    """
     options = {}
-    for text in slurm:
+    for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"--slurm {text!r} has no '='; write --slurm partition=gpu")
         options[key.strip()] = value.strip()
-    each = default_gpus(name, device) if gpus is None else gpus
-    return make_executor(name, jobs, cores, each, logs=output / "slurm", options=options)
+    return options

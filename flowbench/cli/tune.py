@@ -16,11 +16,9 @@ from flowbench.cli.executors import (
     chosen_executor,
 )
 from flowbench.cli.options import DeviceOption, PluginOption, new_folder
-from flowbench.errors import UsageError
 from flowbench.experiments.defaults import DEVICE, OUTPUT, SEARCHES, WORKLOAD
 
 MOST_TRIALS = 10_000
-ALL = "all"
 
 
 def tune(
@@ -47,45 +45,27 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the first runs and what they cost.")] = False,
 ) -> None:
     """Search for settings of algorithms, the same for each, selected on dev; the same command continues."""
-    if sampler not in ("qmc", "tpe"):
-        raise UsageError(f"unknown sampler '{sampler}'; use qmc, or tpe outside the rules")
-    from flowbench.registry import algorithms, load_plugin_file
+    from flowbench.experiments.tuning.api import asked
     from flowbench.settings import parse_assignments
-    from flowbench.workloads import load_workload
 
-    for file in plugin:
-        load_plugin_file(file)
-    names = None if algorithm == [ALL] else algorithm
-    for name in names or ():
-        algorithms.describe(name)  # a misspelling is answered before torch is imported
-    chosen, given = load_workload(workload), parse_assignments(settings)
+    given = parse_assignments(settings)
+    names, plan, places = asked(
+        *(algorithm, workload, trials, studies, finalists, more_seeds, sampler, seed, given),
+        *(device, plugin, runs, output),
+    )
 
     from flowbench.cli.display import tune as display
-    from flowbench.experiments.tuning.plan import search_plan
-    from flowbench.experiments.tuning.search import Places
-    from flowbench.experiments.tuning.tune import planned, searchable
+    from flowbench.experiments.tuning.tune import planned
     from flowbench.experiments.tuning.tune import tune as search
 
-    plan = search_plan(
-        chosen,
-        trials,
-        studies,
-        finalists,
-        more_seeds,
-        sampler="tpe" if sampler == "tpe" else "qmc",
-        seed=seed,
-        settings=given,
-    )
-    places = Places(runs, output, device, tuple(plugin))
-    searched = searchable(plan, places) if names is None else names
     if dry_run:
-        display.plan(planned(searched, plan, places), plan)
+        display.plan(planned(names, plan, places), plan)
         return
     where = chosen_executor(executor, jobs, cores, gpus, slurm, device, runs)
     from flowbench.cli.display.studies import StudyProgress
 
     with StudyProgress() as progress:
-        found = search(searched, plan, places, progress.listener(), executor=where)
+        found = search(names, plan, places, progress.listener(), executor=where)
     for result in found:
         display.study(result)
     display.summary(found)

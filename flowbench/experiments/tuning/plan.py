@@ -88,11 +88,16 @@ def search_plan(
     studies: int = 1,
     finalists: int | None = None,
     more_seeds: int | None = None,
-    sampler: SamplerName = QMC,
+    sampler: str = QMC,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> SearchPlan:
-    """The plan with what is None as the rules have it: for one study those of "defaults", for several of "tuned"."""
+    """The plan with what is None as the rules have it: for one study those of "defaults", for several of "tuned".
+
+    Raises UsageError for numbers that make no search, or an unknown sampler.
+    """
+    if sampler not in ("qmc", "tpe"):
+        raise UsageError(f"unknown sampler '{sampler}'; use qmc, or tpe outside the rules")
     tuned = studies > 1
     return SearchPlan(
         workload=workload,
@@ -100,7 +105,7 @@ def search_plan(
         studies=studies,
         finalists=finalists if finalists is not None else (0 if tuned else FINALISTS),
         more_seeds=more_seeds if more_seeds is not None else (0 if tuned else MORE_SEEDS),
-        sampler=sampler,
+        sampler="tpe" if sampler == "tpe" else QMC,
         seed=seed,
         settings=dict(settings or {}),
     )
