@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import BusyError, RunError, RunInterruptedError, UsageError
-from flowbench.experiments.executors import DIED
 from flowbench.experiments.folder import DONE, RECORD, run_folder
 from flowbench.experiments.outcome import failed_record
 from flowbench.experiments.run import Listener, execute
@@ -23,8 +22,6 @@ from flowbench.record import Record, load_record
 from flowbench.training.checkpoint import METRICS, checkpoint_files
 
 INTERRUPTED = "interrupted; finished runs are kept, the same command continues"
-
-NO_SPACE = "No space left on device"  # as the system says it
 
 BUSY_SECONDS = 30.0  # a worker whose study was killed ends within that, and its lock with it
 
@@ -194,11 +191,6 @@ def kept_failure(job: Job) -> str | None:
     except UsageError:
         return None  # an unfinished run's record counts for nothing
     return record.failure or "failed" if record.status == "failed" else None
-
-
-def of_the_machine(failure: str) -> bool:
-    """Whether a failure says nothing of the run, which may do well at another time."""
-    return failure.startswith((DIED, "MemoryError")) or NO_SPACE in failure
 
 
 def forget_failure(job: Job) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from signal import SIGINT
 
 from flowbench.errors import RunInterruptedError, TerminatedError
-from flowbench.experiments.executors import Executor
+from flowbench.experiments.executors import DIED, Executor
 from flowbench.experiments.jobs import (
     INTERRUPTED,
     Job,
@@ -18,7 +18,6 @@ from flowbench.experiments.jobs import (
     forget_failure,
     keep_failure,
     make_job,
-    of_the_machine,
     run_job,
     settled,
     spell,
@@ -28,6 +27,9 @@ from flowbench.launch import check_alone
 from flowbench.models.devices import pick_device
 
 __all__ = ["Job", "Outcome", "Stamp", "StudyListener", "make_job", "run_job", "run_jobs", "spell"]
+
+
+NO_SPACE = "No space left on device"  # as the system says it
 
 
 @dataclass(frozen=True)
@@ -116,4 +118,9 @@ def _kept(job: Job, failure: str | None) -> Outcome:
         keep_failure(job, "it left no record; is its folder on a file system that all machines share?")
         outcome = settled(job)
     assert outcome is not None
-    return replace(outcome, cut_off=failure is not None and of_the_machine(failure))
+    return replace(outcome, cut_off=failure is not None and _of_the_machine(failure))
+
+
+def _of_the_machine(failure: str) -> bool:
+    """Whether a failure says nothing of the run, which may do well at another time."""
+    return failure.startswith((DIED, "MemoryError")) or NO_SPACE in failure

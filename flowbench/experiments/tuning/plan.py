@@ -8,16 +8,21 @@ from typing import Any, Literal, TypeAlias
 
 from flowbench.errors import UsageError
 from flowbench.experiments.jobs import Stamp
+from flowbench.experiments.rules import (
+    FINALISTS,
+    FIRST_SEED,
+    MORE_SEEDS,
+    STUDIES,
+    STUDY_SEEDS,
+    TRIALS,
+    TRIALS_OF_STUDY,
+)
 from flowbench.experiments.suite import FREE
 from flowbench.workloads import Workload
 
 SamplerName: TypeAlias = Literal["qmc", "tpe"]
 SEARCH = "search"  # in the records of runs that a search for ruleset "defaults" made
 QMC: Literal["qmc"] = "qmc"
-FIRST_SEED = 1000  # of a search's runs; results use seeds from 0, so that none was selected on
-STUDY_SEEDS = 100  # set aside for each study
-TRIALS, FINALISTS, MORE_SEEDS = 20, 3, 2  # of ruleset "defaults"
-STUDIES, TRIALS_OF_STUDY = 3, 5  # of ruleset "tuned"
 
 
 @dataclass(frozen=True)
