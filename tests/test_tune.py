@@ -22,6 +22,7 @@ import torch
 import yaml
 from pydantic import Field
 
+import flowbench
 from flowbench.algorithm import (
     COMMON_SEARCH_SPACE,
     Algorithm,
@@ -35,6 +36,7 @@ from flowbench.algorithm import (
 from flowbench.config import RunConfig
 from flowbench.errors import BusyError, RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics.search import expected_best
+from flowbench.experiments import executors
 from flowbench.experiments.executors import DIED
 from flowbench.experiments.jobs import Job, Outcome, run_job
 from flowbench.experiments.study import StudyListener
@@ -45,7 +47,7 @@ from flowbench.experiments.tuning.plan import SearchPlan, search_plan
 from flowbench.experiments.tuning.search import Places, attempt_of, study_folder
 from flowbench.experiments.tuning.selection import Candidate, DevResult, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
-from flowbench.experiments.tuning.tune import planned, tune
+from flowbench.experiments.tuning.tune import planned, searchable, tune
 from flowbench.locks import locked
 from flowbench.record import Point, Record, Score, Spent, load_record
 from flowbench.registry import algorithms
@@ -474,6 +476,29 @@ def test_a_search_that_is_killed_and_repeated_ends_as_an_undisturbed_one(tmp_pat
     assert mine == theirs
     assert {row["state"] for row in mine} <= {"done", "selected", "finalist", "collapsed"}
     assert not [path for path in whole.rglob("*") if path.suffix == ".png" or path.name == "last.safetensors"]
+
+
+def test_the_python_api_searches_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = PLANE.model_dump(mode="json", include={"model", "reward", "images", "evaluation"})
+    (tmp_path / "points.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    asked: list[Any] = []
+    monkeypatch.setattr(executors, "executor_for", lambda *given: asked.append(given) or Here())
+    where = {"runs": tmp_path / "runs", "output": tmp_path / "search", "device": "cpu"}
+    few: dict[str, Any] = {"trials": 1, "finalists": 0, "settings": TINY, "jobs": 2, **where}
+    (found,) = flowbench.tune("raft", str(tmp_path / "points.yaml"), **few)
+    assert (found.chosen.algorithm, found.chosen.trials, found.trials[0].failure) == ("raft", 1, None)
+    assert asked[0][:5] == ("local", 2, 1, None, "cpu")
+    assert (tmp_path / "search" / "gaussian" / "raft" / "chosen.yaml").exists()
+    with pytest.raises(UsageError, match="did you mean 'raft'"):
+        flowbench.tune("rft")
+
+
+def test_all_are_the_algorithms_that_can_be_run_on_the_workload(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    oracle = load_workload("shapes-oracle")
+    found = searchable(search_plan(oracle), places(tmp_path))
+    assert {"acflow", "nft", "ddpo"} <= set(found)
+    assert not {"draft", "refl"} & set(found)
+    assert "'draft' is not searched" in caplog.text
 
 
 @pytest.mark.slow

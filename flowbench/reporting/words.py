@@ -98,7 +98,9 @@ def warnings(table: Table) -> list[str]:
     lines = [f"Careful, {warning}." for warning in table.warnings]
     lost = [f"{row.failed} of {row.failed + row.seeds} runs of {plain(row.label)}" for row in table.rows if row.failed]
     if lost:
-        lines.append(f"Failed: {', '.join(lost)}; means are of the finished runs.")
+        tuned = table.workload.ruleset == TUNED
+        rule = "a failed study counts as the worst" if tuned else "means are of the finished runs"
+        lines.append(f"Failed: {', '.join(lost)}; {rule}.")
     single = [plain(row.label) for row in table.rows if row.seeds == 1]
     if single and any(row.seeds > 1 for row in table.rows):
         lines.append(f"One seed, hence no interval: {', '.join(single)}.")
