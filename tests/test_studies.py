@@ -29,6 +29,7 @@ from flowbench.reporting.documents import to_csv, to_markdown
 from flowbench.reporting.leaderboard import board
 from flowbench.reporting.page.build import page_data, tables
 from flowbench.reporting.page.render import html
+from flowbench.reporting.results.pages import pages
 from flowbench.reporting.values import middle
 
 TINY = {"training.prompts_per_iteration": 4, "training.images_per_prompt": 4, "training.minibatch": 16}
@@ -324,3 +325,12 @@ def test_tables_and_page_show_what_each_search_selected_and_how_the_best_of_k_gr
     assert method.searches[0].best_of[-1] == pytest.approx(0.02)
     many, few = (len(html(page_data(tables(RECORDS), RECORDS, searches=f))) for f in (found * 24, []))
     assert many - few < 100_000
+
+
+def test_the_pages_of_a_leaderboard_show_the_searches_beside_it(tmp_path: Path):
+    folder = tmp_path / "leaderboard"
+    choice().save(folder / "search" / "mini-sd3" / "nft" / "chosen.yaml")
+    text = pages(folder, tmp_path / "README.md").files[folder / "README.md"]
+    assert "### Searches" in text
+    assert "20: +0.0200" in text
+    assert "### Searches" not in pages(tmp_path, tmp_path / "absent.md").files[tmp_path / "README.md"]

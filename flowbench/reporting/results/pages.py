@@ -68,8 +68,7 @@ def pages(folder: Path, readme: Path) -> Pages:
 def _pages(folder: Path, readme: Path) -> Pages:
     records, tables = published(folder / RESULTS)
     searches = find_chosen(folder / SEARCHES)
-    # Tuned results stand beside the defaults, and are evidence of their own.
-    plain_tables = replace(tables, tables=tuple(t for t in tables.tables if t.workload.ruleset != TUNED))
+    plain_tables = _untuned(tables)
     files = {
         folder / README: _board_page(tables, searches),
         folder / "over-optimisation.md": over_optimisation(plain_tables, IMAGES),
@@ -82,6 +81,11 @@ def _pages(folder: Path, readme: Path) -> Pages:
     if readme.is_file():
         files[readme] = _with_part(readme, _summary(tables))
     return Pages(files, tables)
+
+
+def _untuned(tables: Board) -> Board:
+    """Without results of ruleset "tuned", which stand beside the defaults and are in no evidence together with them."""
+    return replace(tables, tables=tuple(t for t in tables.tables if t.workload.ruleset != TUNED))
 
 
 def published(root: Path) -> tuple[tuple[Record, ...], Board]:
@@ -114,7 +118,7 @@ def write(made: Pages, folder: Path) -> list[Path]:
     for path, text in made.files.items():
         write_atomically(path, text)
     with only_own_families():
-        return [*made.files, *draw(made.board, folder / IMAGES)]
+        return [*made.files, *draw(_untuned(made.board), folder / IMAGES)]
 
 
 _PAYLOAD = re.compile(r"<script[^>]*type=\"application/json\"[^>]*>.*?</script>", re.DOTALL)
