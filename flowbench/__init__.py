@@ -1,6 +1,6 @@
 """flowbench: a benchmark of reward fine-tuning for flow-matching text-to-image models.
 
-`run` and `evaluate` do what the commands of these names do, `load_records` reads what runs leave, and
+`run`, `evaluate` and `tune` do what the commands of these names do, `load_records` reads what runs leave, and
 `register_algorithm` and `register_reward` add plug-ins. They are imported when they are first used, so that
 `import flowbench` stays cheap.
 """
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowbench.experiments.api import RunResult, evaluate, load_records, run
+    from flowbench.experiments.tuning.api import tune
     from flowbench.registry import register_algorithm, register_reward
 
 __version__ = "0.1.0"
-__all__ = ["RunResult", "evaluate", "load_records", "register_algorithm", "register_reward", "run"]
+__all__ = ["RunResult", "evaluate", "load_records", "register_algorithm", "register_reward", "run", "tune"]
+_ELSEWHERE = {"tune": "flowbench.experiments.tuning.api"}
 
 # algorithms/ and rewards/ stand at the top of a checkout, where people contribute. In an installation they are inside
 # the package; a checkout that is imported as it lies (as the current folder, or by PYTHONPATH) has them beside it.
@@ -29,7 +31,7 @@ if not TYPE_CHECKING:  # else a type checker would believe in every name
         if name not in __all__:
             raise AttributeError(f"module 'flowbench' has no attribute '{name}'")
         module = "flowbench.registry" if name.startswith("register_") else "flowbench.experiments.api"
-        return getattr(_import_module(module), name)
+        return getattr(_import_module(_ELSEWHERE.get(name, module)), name)
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ import pytest
 
 import flowbench
 from flowbench.cli import main as cli
+from flowbench.cli import tune as cli_tune
 from flowbench.errors import UsageError
 from flowbench.experiments.reevaluate import Evaluation
 from flowbench.record import Record
@@ -21,6 +22,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 PLANE = {"model": "gaussian", "reward": "linear", "images": 256, "device": "cpu"}
 FEW = {"evaluation.prompts": 2, "evaluation.images_per_prompt": 2, "algorithm.warmup": 0}
 OWN = {"settings", "track", "plugin", "plugins", "dry_run", "listener", "progress"}  # spelled as each side is used
+OWN |= {"slurm"}
 OWN |= {"memory", "tflops", "json_"}  # of a dry run, which only the command has
 
 
@@ -43,9 +45,10 @@ def test_every_public_name_is_there_and_listed():
         _ = flowbench.rum
 
 
-@pytest.mark.parametrize("name", ["run", "evaluate"])
+@pytest.mark.parametrize("name", ["run", "evaluate", "tune"])
 def test_a_function_has_the_options_and_the_defaults_of_its_command(name: str):
-    command, function = defaults(getattr(cli, name)), defaults(getattr(flowbench, name))
+    command = defaults(cli_tune.tune if name == "tune" else getattr(cli, name))
+    function = defaults(getattr(flowbench, name))
     if "config" in command:  # typer takes several, so that a second one can be refused
         command["config"] = command["config"] or None
     assert function == command

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fake_records import fake_record, fake_records
 from test_page import HOSTILE, keep_images
+from test_studies import RECORDS, choice
 
 from flowbench.reporting.documents import to_csv
 from flowbench.reporting.page.build import page_data, tables
@@ -196,6 +197,24 @@ def test_a_method_shows_every_seed_with_its_command(view: Any):
     body = view.locator("details.method .body").first.inner_text()
     for seed in (100, 101, 102):
         assert f"flowbench run acflow --reward clip --seed {seed}" in body
+
+
+def test_a_tuned_row_shows_its_studies_and_a_method_what_its_searches_selected(browser: Any, tmp_path: Path):
+    content = page_data(tables(RECORDS), RECORDS, searches=[choice(reason=HOSTILE), choice(edges=(HOSTILE,))])
+    (path,) = write(tmp_path / "index.html", content)
+    tab, wrong = browser.new_page(), list[str]()
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("html[data-ready]", state="attached")
+    assert "+0.100, +0.300, +0.120" in tab.locator("table.results").inner_text()
+    method = tab.locator("details.method", has_text="nft")
+    method.locator("summary").first.click()
+    told = method.locator("table", has_text="best of k").inner_text()
+    assert "20 (1 failed, 2 collapsed)" in told
+    assert "20: +0.0200" in told
+    assert "training.tuning=lora" in told
+    assert wrong == []
+    tab.close()
 
 
 def test_hostile_names_are_text(view: Any):

@@ -469,7 +469,7 @@ def test_a_run_under_a_ruleset_says_what_it_was_made_for_and_is_never_taken_for_
 
 
 def test_the_built_in_suites_are_those_of_the_rules(tmp_path: Path):
-    assert suite_names() == ["defaults", "rehearsal"]
+    assert suite_names() == ["defaults", "rehearsal", "tuned"]
     loaded = load_suite("defaults")
     assert loaded.suite.ruleset == "defaults"
     counts = {}

@@ -6,17 +6,25 @@ import csv
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from pydantic import Field
 
+import flowbench
 from flowbench.algorithm import (
+    COMMON_SEARCH_SPACE,
     Algorithm,
     AlgorithmConfig,
     Choice,
@@ -26,9 +34,11 @@ from flowbench.algorithm import (
     register_algorithm,
 )
 from flowbench.config import RunConfig
-from flowbench.errors import BusyError, RunInterruptedError, UsageError
+from flowbench.errors import BusyError, RunError, RunInterruptedError, UsageError
 from flowbench.evaluation.statistics.search import expected_best
-from flowbench.experiments.jobs import Job, Outcome
+from flowbench.experiments import executors
+from flowbench.experiments.executors import DIED
+from flowbench.experiments.jobs import Job, Outcome, run_job
 from flowbench.experiments.study import StudyListener
 from flowbench.experiments.tuning import search
 from flowbench.experiments.tuning.dev import dev_result
@@ -37,7 +47,7 @@ from flowbench.experiments.tuning.plan import SearchPlan, search_plan
 from flowbench.experiments.tuning.search import Places, attempt_of, study_folder
 from flowbench.experiments.tuning.selection import Candidate, DevResult, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
-from flowbench.experiments.tuning.tune import planned, tune
+from flowbench.experiments.tuning.tune import planned, searchable, tune
 from flowbench.locks import locked
 from flowbench.record import Point, Record, Score, Spent, load_record
 from flowbench.registry import algorithms
@@ -251,6 +261,15 @@ def test_a_scrambled_sobol_sequence_fills_each_dimension_evenly(quick: str, tmp_
     assert sum(t.settings["training.tuning"] == "full" for t in trials) == 8
 
 
+def test_algorithms_are_tried_at_the_same_values_of_what_they_share(tmp_path: Path):
+    names = ["nft", "ddpo", "dpok"]  # of five, three and four dimensions
+    trials = [request.trial for request in planned(names, small_plan(), places(tmp_path))]
+    shared = list(COMMON_SEARCH_SPACE)
+    tried = [[tuple(t.settings[key] for key in shared) for t in trials[k * 8 : k * 8 + 8]] for k in range(3)]
+    assert tried[0] == tried[1] == tried[2]
+    assert len(set(tried[0])) == 8
+
+
 def test_studies_have_sequences_and_seeds_of_their_own_and_a_median(quick: str, tmp_path: Path):
     plan = search_plan(WORKLOAD, studies=3)
     assert (plan.ruleset, plan.trials, plan.runs) == ("tuned", 5, 15)
@@ -361,6 +380,125 @@ def test_the_order_in_which_runs_end_does_not_change_a_search(quick: str, tmp_pa
     tune([quick], small_plan(), places(tmp_path / "b"), run=backwards)
     first, second = (tmp_path / name / "search" / "mini-sd3" / "quick" / "trials.csv" for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def cut_off(labels: Sequence[str], failure: str, runner: Runner) -> Callable[..., list[Outcome]]:
+    """The runner, of which these runs are cut off, each once for each time that it is named."""
+    left = list(labels)
+
+    def run(jobs: Sequence[Job], listener: StudyListener) -> list[Outcome]:
+        lost = [job for job in jobs if job.label in left]
+        for job in lost:
+            left.remove(job.label)
+        outcomes = [Outcome(job, None, failure, cut_off=True) for job in lost]
+        return [*outcomes, *runner([job for job in jobs if job not in lost], listener)]
+
+    return run
+
+
+def test_a_run_that_was_cut_off_is_made_again_and_is_no_result(quick: str, tmp_path: Path):
+    lost = cut_off(["quick trial 3 seed 1000", "quick trial 5 seed 1000"], DIED, Runner())
+    (once,) = tune([quick], small_plan(), places(tmp_path / "a"), run=lost)
+    (undisturbed,) = tune([quick], small_plan(), places(tmp_path / "b"), run=Runner())
+    assert once.trials == undisturbed.trials
+
+
+def test_a_run_whose_worker_dies_again_has_failed_by_itself(quick: str, tmp_path: Path):
+    (found,) = tune(
+        [quick], small_plan(), places(tmp_path), run=cut_off(["quick trial 3 seed 1000"] * 2, DIED, Runner())
+    )
+    assert [(t.number, t.failure) for t in found.trials if t.failure] == [(3, f"{DIED}, twice")]
+
+
+def test_a_search_whose_machine_fails_selects_nothing_yet_and_continues_when_that_is_mended(quick: str, tmp_path: Path):
+    runner, full = Runner(), "OSError: [Errno 28] No space left on device"
+    lost = cut_off(["quick trial 3 seed 1000"] * 2, full, runner)
+    with pytest.raises(RunError, match=r"1 runs were cut off .* quick trial 3 seed 1000: OSError.*; mend that"):
+        tune([quick], small_plan(), places(tmp_path), run=lost)
+    assert len(runner.made) == 7
+    assert not (tmp_path / "search" / "mini-sd3" / "quick" / "chosen.yaml").exists()
+    (found,) = tune([quick], small_plan(), places(tmp_path), run=runner)
+    assert len(runner.made) == 8 + 2 * 2
+    assert not any(trial.failure for trial in found.trials)
+
+
+def test_runs_of_several_algorithms_wait_in_one_queue_trial_by_trial(quick: str, tmp_path: Path):
+    seen: list[tuple[int, int]] = []
+    runner = Runner(lambda config: (0.4, 1.0))
+    listener = StudyListener(on_outcome=lambda outcome, done, total: seen.append((done, total)))
+    tune([quick, "nft"], small_plan(), places(tmp_path), listener, run=runner)
+    assert runner.made[:4] == [f"{name} trial {k} seed 1000" for k in (0, 1) for name in (quick, "nft")]
+    assert [done for done, _ in seen] == [k + 1 for k, _ in enumerate(runner.made) if (k + 1) % 3]
+    assert {total for _, total in seen} == {2 * (8 + 2 * 2)}
+
+
+def test_a_continued_search_counts_the_runs_that_it_has(quick: str, tmp_path: Path):
+    runner = Runner(stop_after=6)
+    with pytest.raises(RunInterruptedError):
+        tune([quick], small_plan(), places(tmp_path), run=runner)
+    seen: list[int] = []
+    listener = StudyListener(on_outcome=lambda outcome, done, total: seen.append(done))
+    tune([quick], small_plan(), places(tmp_path), listener, run=runner)
+    assert (seen[0], seen[-1]) == (7, 8 + 2 * 2 - 1)
+
+
+class Here:
+    """Runs of one thread, as the command's workers have it, in this process."""
+
+    def carry_out(self, jobs: Sequence[Job], plugins: Sequence[Path], running: Any) -> Iterator[tuple[Job, str | None]]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from ((job, run_job(job).failure) for job in jobs)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_a_search_that_is_killed_and_repeated_ends_as_an_undisturbed_one(tmp_path: Path):
+    content = PLANE.model_dump(mode="json", include={"model", "reward", "images", "evaluation"})
+    (tmp_path / "points.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    words = [sys.executable, "-P", "-m", "flowbench", "tune", "raft", "--workload", str(tmp_path / "points.yaml")]
+    words += ["--device", "cpu", "--trials", "3", "--finalists", "1", "--more-seeds", "1"]
+    words += ["--runs", str(killed / "runs"), "--output", str(killed / "search")]
+    words += [part for key, value in TINY.items() for part in ("--set", f"{key}={value}")]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not list(killed.rglob("record.json")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    begun = len(list(killed.rglob("record.json")))
+    assert 0 < begun < 4
+    plan = search_plan(load_workload(str(tmp_path / "points.yaml")), 3, 1, 1, 1, settings=TINY)
+    for folder in (killed, whole):
+        tune(["raft"], plan, places(folder), executor=Here())
+    mine, theirs = (rows(folder / "search" / "gaussian" / "raft") for folder in (killed, whole))
+    assert mine == theirs
+    assert {row["state"] for row in mine} <= {"done", "selected", "finalist", "collapsed"}
+    assert not [path for path in whole.rglob("*") if path.suffix == ".png" or path.name == "last.safetensors"]
+
+
+def test_the_python_api_searches_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = PLANE.model_dump(mode="json", include={"model", "reward", "images", "evaluation"})
+    (tmp_path / "points.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    asked: list[Any] = []
+    monkeypatch.setattr(executors, "executor_for", lambda *given: asked.append(given) or Here())
+    where = {"runs": tmp_path / "runs", "output": tmp_path / "search", "device": "cpu"}
+    few: dict[str, Any] = {"trials": 1, "finalists": 0, "settings": TINY, "jobs": 2, **where}
+    (found,) = flowbench.tune("raft", str(tmp_path / "points.yaml"), **few)
+    assert (found.chosen.algorithm, found.chosen.trials, found.trials[0].failure) == ("raft", 1, None)
+    assert asked[0][:5] == ("local", 2, 1, None, "cpu")
+    assert (tmp_path / "search" / "gaussian" / "raft" / "chosen.yaml").exists()
+    with pytest.raises(UsageError, match="did you mean 'raft'"):
+        flowbench.tune("rft")
+
+
+def test_all_are_the_algorithms_that_can_be_run_on_the_workload(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    oracle = load_workload("shapes-oracle")
+    found = searchable(search_plan(oracle), places(tmp_path))
+    assert {"acflow", "nft", "ddpo"} <= set(found)
+    assert not {"draft", "refl"} & set(found)
+    assert "'draft' is not searched" in caplog.text
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import typer
 
 from flowbench.cli.options import new_file, say
 from flowbench.errors import UsageError
-from flowbench.experiments.defaults import OUTPUT
+from flowbench.experiments.defaults import OUTPUT, SEARCHES
 
 
 def page(
@@ -22,6 +22,7 @@ def page(
     samples: Annotated[
         list[Path] | None, typer.Option(help="Folder of runs with kept images, for the wall; may be repeated.")
     ] = None,
+    searches: Annotated[Path, typer.Option(help="Folder of searches, whose choices are shown.")] = SEARCHES,
     data: Annotated[bool, typer.Option("--data", help="Write the data beside the page, as .json and .csv.")] = False,
 ) -> None:
     """Make one page of results from records: tables, curves, pairs, samples; a single file that needs no network."""
@@ -35,6 +36,7 @@ def page(
         raise UsageError(found.faults[0])
     from flowbench.escape import plain
     from flowbench.evaluation.statistics import LIKE, THESE
+    from flowbench.reporting.chosen import find_chosen
     from flowbench.reporting.documents import to_csv
     from flowbench.reporting.page.about import spaces
     from flowbench.reporting.page.build import page_data, tables
@@ -44,7 +46,7 @@ def page(
     result = tables(found.records, split, LIKE if over == "like" else THESE)
     images = walls(samples, result) if samples else ()
     declared = spaces({r.algorithm for r in found.records})
-    content = page_data(result, found.records, spaces=declared, walls=images)
+    content = page_data(result, found.records, spaces=declared, walls=images, searches=find_chosen(searches))
     try:
         written = write(output, content, to_csv(result), beside=data)
     except OSError as error:

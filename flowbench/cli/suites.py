@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowbench.cli.executors import (
+    CoresOption,
+    ExecutorOption,
+    GpusOption,
+    JobsOption,
+    SlurmOption,
+    chosen_executor,
+)
 from flowbench.cli.options import (
     LARGEST_SEED,
     MOST_SEEDS,
@@ -19,26 +27,19 @@ from flowbench.cli.options import (
     PromptsOption,
     SettingsOption,
 )
-from flowbench.errors import RunError, UsageError
-from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
+from flowbench.errors import RunError
+from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD, SEARCHES
 
 if TYPE_CHECKING:
     from flowbench.experiments.executors import Executor
     from flowbench.experiments.study import Outcome
-    from flowbench.experiments.suite import Cell
+    from flowbench.experiments.suite import Cell, Loaded
+    from flowbench.experiments.tuning.search import Places
 
 app = typer.Typer(no_args_is_help=True, help="Workloads x algorithms x seeds from a file.", rich_markup_mode=None)
 
 SuiteArgument = Annotated[str, typer.Argument(metavar="SUITE", help="A built-in suite's name, or a YAML file.")]
-ExecutorOption = Annotated[str, typer.Option(help="local, ray or slurm.")]
-JobsOption = Annotated[
-    int | None, typer.Option(min=1, help="Runs at a time; default 1, elsewhere what there is room for.")
-]
-CoresOption = Annotated[int, typer.Option(min=1, help="Cores of each run; other numbers may round otherwise.")]
-GpusOption = Annotated[int | None, typer.Option(min=0, help="GPUs of each run; default: 1 where it uses one.")]
-SlurmOption = Annotated[
-    list[str], typer.Option("--slurm", metavar="KEY=VALUE", help="Option of Slurm, as submitit names it; repeatable.")
-]
+SearchesOption = Annotated[Path, typer.Option(help="Folder of the logs and choices of studies.")]
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make runs again that failed earlier.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the runs and their state.")]
 
@@ -54,24 +55,31 @@ def run(
     device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
+    searches: SearchesOption = SEARCHES,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Make a suite's runs; the same command continues, finished and failed runs are kept."""
     from flowbench.cli.display import suites as display
 
-    cells, plugins = _planned(suite, output, device, plugin)
+    loaded, places = _loaded(suite, output, searches, device, plugin)
+    cells = _planned(loaded, places)
     if dry_run:
         display.plan(cells)
         return
-    where = _executor(executor, jobs, cores, gpus, slurm, device, output)
-    from flowbench.experiments.suite import load_suite
+    where = chosen_executor(executor, jobs, cores, gpus, slurm, device, output)
+    from flowbench.cli.display.studies import StudyProgress
+    from flowbench.experiments import studies
     from flowbench.locks import locked
 
-    name = load_suite(suite).suite.name
+    name, outcomes = loaded.suite.name, []
     with locked(output / f".suite-{name}", f"suite '{name}' in '{output}'", beside=True):
-        outcomes = _carried_out(cells, where, plugins, retry_failed)
-    display.show(cells, _again(suite, plugin, output))
+        if seeded := [cell for cell in cells if not cell.studies]:
+            outcomes += _carried_out(seeded, where, places.plugins, retry_failed)
+        if len(seeded) < len(cells):
+            with StudyProgress() as progress:
+                outcomes += studies.carry_out(loaded, places, progress.listener(), where, retry_failed)
+    display.show(_planned(loaded, places), _again(suite, plugin, output, searches))
     if outcomes and not any(outcome.record for outcome in outcomes):
         raise RunError(f"every run failed; the first: {outcomes[0].failure}")
 
@@ -81,12 +89,13 @@ def show(
     suite: SuiteArgument,
     plugin: PluginOption = [],  # noqa: B006
     output: PlaceOption = OUTPUT,
+    searches: SearchesOption = SEARCHES,
 ) -> None:
     """Show which runs of a suite are done, running, interrupted, failed, missing or not applicable."""
     from flowbench.cli.display import suites as display
 
-    cells, _ = _planned(suite, output, DEVICE, plugin)
-    display.show(cells, _again(suite, plugin, output))
+    loaded, places = _loaded(suite, output, searches, DEVICE, plugin)
+    display.show(_planned(loaded, places), _again(suite, plugin, output, searches))
 
 
 def compare(
@@ -135,40 +144,33 @@ def compare(
     if dry_run:
         display.plan(cells)
         return
-    where = _executor(executor, jobs, cores, gpus, slurm, device, output)
+    where = chosen_executor(executor, jobs, cores, gpus, slurm, device, output)
     outcomes = _carried_out(cells, where, plugin, retry_failed)
     display.comparisons(comparisons(cells, outcomes, split), cells)
 
 
-def _planned(suite: str, output: Path, device: str, plugin: Sequence[Path]) -> tuple[list[Cell], list[Path]]:
-    """A suite's cells, and all plug-in files that its runs need."""
+def _loaded(suite: str, output: Path, searches: Path, device: str, plugin: Sequence[Path]) -> tuple[Loaded, Places]:
+    """A suite with its plug-ins loaded, and where its runs and the logs of its studies lie."""
     from flowbench.experiments.suite import load_suite
-    from flowbench.experiments.suite import plan as plan_suite
+    from flowbench.experiments.tuning.search import Places
     from flowbench.registry import load_plugin_file
 
     loaded = load_suite(suite)
-    more = [file for file in plugin if file.resolve() not in loaded.plugins]
-    for file in (*loaded.plugins, *more):
+    files = (*loaded.plugins, *(file for file in plugin if file.resolve() not in loaded.plugins))
+    for file in files:
         load_plugin_file(file)
-    return plan_suite(loaded, output, device, more), [*loaded.plugins, *more]
+    return loaded, Places(output, searches, device, files)
 
 
-def _executor(
-    name: str, jobs: int | None, cores: int, gpus: int | None, slurm: Sequence[str], device: str, output: Path
-) -> Executor:
-    from flowbench.experiments.executors import default_gpus, make_executor
-    from flowbench.models.devices import pick_device
+def _planned(loaded: Loaded, places: Places) -> list[Cell]:
+    """A suite's cells."""
+    from flowbench.experiments.studies import studied
+    from flowbench.experiments.suite import none_twice
+    from flowbench.experiments.suite import plan as plan_suite
 
-    if name == "local":
-        pick_device(device)  # now, and not as the failure of every run
-    options = {}
-    for text in slurm:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--slurm {text!r} has no '='; write --slurm partition=gpu")
-        options[key.strip()] = value.strip()
-    each = default_gpus(name, device) if gpus is None else gpus
-    return make_executor(name, jobs, cores, each, logs=output / "slurm", options=options)
+    more = places.plugins[len(loaded.plugins) :]
+    cells = plan_suite(loaded, places.runs, places.device, more)
+    return none_twice([*cells, *(one.cell for one in studied(loaded, places))])
 
 
 def _carried_out(
@@ -183,9 +185,10 @@ def _carried_out(
         return run_jobs(all_jobs(cells), listener, plugins=plugins, executor=executor, retry_failed=retry_failed)
 
 
-def _again(suite: str, plugins: Sequence[Path], output: Path) -> str:
+def _again(suite: str, plugins: Sequence[Path], output: Path, searches: Path) -> str:
     """The command that makes what is missing."""
     import shlex
 
     words = ["flowbench", "suite", "run", suite, *(part for file in plugins for part in ("--plugin", str(file)))]
-    return shlex.join([*words, *(["--output", str(output)] if output != OUTPUT else [])])
+    words += ["--output", str(output)] if output != OUTPUT else []
+    return shlex.join([*words, *(["--searches", str(searches)] if searches != SEARCHES else [])])

@@ -39,13 +39,17 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to make; label tells it from the study's other runs, command makes the same run alone."""
+    """One run to make; label tells it from the study's other runs, command makes the same run alone.
+
+    lean: it is one of many trials, and leaves no pictures and no checkpoint.
+    """
 
     label: str
     config: RunConfig
     folder: Path
     command: str
     stamp: Stamp | None = None
+    lean: bool = False
 
     @property
     def done(self) -> bool:
@@ -74,11 +78,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: its record, or in one line why it has none."""
+    """What became of a job: its record, or in one line why it has none.
+
+    cut_off: the run did not fail by itself: its worker died, the disk is full, or another process has its folder.
+    """
 
     job: Job
     record: Record | None
     failure: str | None = None
+    cut_off: bool = False
 
 
 def make_job(
@@ -136,7 +144,7 @@ def run_job(job: Job, listener: Listener = Listener()) -> Outcome:
         while True:
             try:
                 resume = job.done or bool(checkpoint_files(job.folder))
-                return Outcome(job, execute(job.config, job.folder, job.command, resume, listener))
+                return Outcome(job, execute(job.config, job.folder, job.command, resume, listener, lean=job.lean))
             except BusyError:
                 if time.monotonic() > patience:
                     raise

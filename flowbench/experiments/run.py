@@ -137,18 +137,20 @@ def execute(
     resume: bool,
     listener: Listener = Listener(),
     overwrite: bool = False,
+    lean: bool = False,
 ) -> Record:
     """Train and evaluate; the folder then holds everything that docs/records.md promises.
 
     In each of several processes that were started together, this is its share of the work: main writes, and listens.
     With `resume` a run that is finished is left as it is, and gives its record; overwrite: begin anew, whatever is
-    there. Raises UsageError and BusyError as `folder.occupied` does. Whatever else is raised once training can begin,
+    there; lean: leave no pictures and no checkpoint beside the record and the tuned weights, as one of many trials.
+    Raises UsageError and BusyError as `folder.occupied` does. Whatever else is raised once training can begin,
     the last good iteration is saved, and a note of the error says where and how to go on.
     """
     if resume and (record := finished_record(folder)):
         return record
     with started(config.device) as processes, ExitStack() as held:
-        request = _Request(config, folder, command, resume, overwrite)
+        request = _Request(config, folder, command, resume, overwrite, lean)
         return _execute(request, listener if processes.is_main else Listener(), processes, held)
 
 
@@ -161,6 +163,7 @@ class _Request:
     command: str
     resume: bool
     overwrite: bool
+    lean: bool
 
     @property
     def plain(self) -> str:
@@ -239,11 +242,12 @@ def _execute(request: _Request, listener: Listener, processes: Processes, held: 
             record.save(folder / RECORD)
             write_atomically(folder / DONE, "")
     if processes.is_main:
-        trainer.checkpoints.keep_only(config.training.keep_checkpoints or 1)
-        with drawing(f"of run '{folder}'"):
-            draw(folder, pairs, config, way)
-            if study and splits:  # a search's run has no reporting split
-                draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
+        trainer.checkpoints.keep_only(config.training.keep_checkpoints or (0 if request.lean else 1))
+        if not request.lean:
+            with drawing(f"of run '{folder}'"):
+                draw(folder, pairs, config, way)
+                if study and splits:
+                    draw_study(folder / "frontier.png", study, read_metrics(folder / METRICS), scores)
         listener.on_record(record, folder)
     return record
 

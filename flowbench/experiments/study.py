@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT
 
 from flowbench.errors import RunInterruptedError, TerminatedError
-from flowbench.experiments.executors import Executor
+from flowbench.experiments.executors import DIED, Executor
 from flowbench.experiments.jobs import (
     INTERRUPTED,
     Job,
@@ -27,6 +27,9 @@ from flowbench.launch import check_alone
 from flowbench.models.devices import pick_device
 
 __all__ = ["Job", "Outcome", "Stamp", "StudyListener", "make_job", "run_job", "run_jobs", "spell"]
+
+
+NO_SPACE = "No space left on device"  # as the system says it
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,14 @@ def _kept(job: Job, failure: str | None) -> Outcome:
         keep_failure(job, failure)
     outcome = settled(job)
     if outcome is None and failure is not None:
-        return Outcome(job, None, failure)  # another process is at it, and its folder is left alone
+        return Outcome(job, None, failure, cut_off=True)  # another process is at it, and its folder is left alone
     if outcome is None:
         keep_failure(job, "it left no record; is its folder on a file system that all machines share?")
         outcome = settled(job)
     assert outcome is not None
-    return outcome
+    return replace(outcome, cut_off=failure is not None and _of_the_machine(failure))
+
+
+def _of_the_machine(failure: str) -> bool:
+    """Whether a failure says nothing of the run, which may do well at another time."""
+    return failure.startswith((DIED, "MemoryError")) or NO_SPACE in failure

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from flowbench.errors import UsageError, did_you_mean
 from flowbench.escape import plain
 from flowbench.evaluation.statistics import Interval, Reached, interquartile_mean, probability_of_improvement
+from flowbench.reporting.groups import TUNED
 from flowbench.reporting.leaderboard import HELD_OUT, TRUTH, Row, Table
 from flowbench.reporting.targets import DIVERSITY, Unit
 from flowbench.reporting.values import speaks
@@ -45,6 +46,7 @@ def columns(table: Table) -> dict[str, Column]:
         Column("rank", "rank", "best and worst that all pairs admit", _rank, True, bool(table.by)),
         Column("seeds", "seeds", "finished runs", lambda row, form: str(row.seeds), deciding=True),
         Column("failed", "failed", "runs that gave no result", _failed, some_failed, some_failed),
+        *_studies(table),
         *(_metric(table, metric) for metric in table.metrics),
         *_statistics(table),
         *(_to_target(table, unit) for unit in _UNITS),
@@ -125,6 +127,20 @@ def _share(metric: str) -> Callable[[Row, Form], str]:
         return "base has none" if kept is None else f"x {interval_text(kept, form, signed=False)}"
 
     return text
+
+
+def _studies(table: Table) -> list[Column]:
+    """The results of which a row's score is the median."""
+    by = table.by
+    if table.workload.ruleset != TUNED or by is None:
+        return []
+    gains = table.gains[by]
+
+    def text(row: Row, form: Form) -> str:
+        results = [r for r in gains.values[gains.algorithms.index(row.label)].mean(-1) if math.isfinite(r)]
+        return ", ".join([*(number(r, signed=True) for r in results), *["failed"] * row.failed])
+
+    return [Column("studies", "studies", f"{by} of each study; the median is the score", text, deciding=True)]
 
 
 def _rank(row: Row, form: Form) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from flowbench.errors import UsageError
 from flowbench.escape import plain
-from flowbench.record import RANDOM, Record
+from flowbench.record import OWN, PRESET, RANDOM, Record
 
 UNKNOWN = "unknown"
+SEARCH, TUNED = "search", "tuned"  # rulesets of runs that searches make; of "tuned" also results
 HEX = 7  # digits of a hash that a reader is shown
 
 
@@ -73,14 +74,22 @@ class _Found:
     failed: list[Record] = field(default_factory=list)
 
 
+def is_trial(record: Record) -> bool:
+    """Whether it is a trial of a search: scored on dev alone, and so in no table."""
+    evaluation = record.config.get("evaluation")
+    unreported = isinstance(evaluation, dict) and evaluation.get("splits") == []
+    return record.ruleset == SEARCH or (record.ruleset == TUNED and unreported)
+
+
 def group(records: Iterable[Record], split: str) -> Grouped:
     """Sort records into tables and rows; a record that is given twice counts once.
 
-    Records of models with random weights, and records without scores on the split, are left out.
+    Records of models with random weights, trials of searches, and records without scores on the split, are left out.
+    Under ruleset "tuned" an algorithm's results are one row, whatever settings its studies selected.
     Raises UsageError when nothing is left, and for records of one ruleset's table that mix commits, devices or versions
     or come from a changed source tree.
     """
-    known = [record for record in records if not record.model.endswith(RANDOM)]
+    known = [record for record in records if not record.model.endswith(RANDOM) and not is_trial(record)]
     if not known:
         raise UsageError("no records found; a finished run leaves one in its folder, see 'flowbench list runs'")
     chosen, notes = _one_per_seed(known)
@@ -91,7 +100,7 @@ def group(records: Iterable[Record], split: str) -> Grouped:
         raise UsageError(f"no record has the split '{split}'; there are: {', '.join(map(plain, there)) or 'none'}")
     found: dict[Workload, dict[str, _Found]] = {}
     for record in finished:
-        found.setdefault(_workload(record), {}).setdefault(record.identity, _Found()).finished.append(record)
+        found.setdefault(_workload(record), {}).setdefault(_row(record), _Found()).finished.append(record)
     for record in failed:
         _place_failed(record, found)
     tables = {workload: _rows(rows) for workload, rows in sorted(found.items(), key=lambda item: item[0])}
@@ -105,7 +114,7 @@ def _one_per_seed(records: Sequence[Record]) -> tuple[list[Record], tuple[str, .
     """Of records with one identity and seed the newest, finished before failed; with a note where they differ."""
     by_run: dict[tuple[str, str, int, Workload], list[Record]] = {}
     for r in records:
-        by_run.setdefault((r.algorithm, r.identity, r.seed, _workload(r)), []).append(r)
+        by_run.setdefault((r.algorithm, _row(r), r.seed, _workload(r)), []).append(r)
     chosen, repeated = [], []
     for (algorithm, _, seed, _), same in sorted(by_run.items(), key=lambda item: item[0]):
         best = same[0]
@@ -119,6 +128,14 @@ def _one_per_seed(records: Sequence[Record]) -> tuple[list[Record], tuple[str, .
     if not repeated:
         return chosen, ()
     return chosen, (f"several results of the same run, the newest is shown: {_some(repeated)}",)
+
+
+def _row(record: Record) -> str:
+    """What runs of one row share: all that decides a result, or where each study has a setting the method's code."""
+    if record.ruleset != TUNED:
+        return record.identity
+    foreign = {name: s.sha256 for name, s in record.sources.items() if name != PRESET and s.distribution != OWN}
+    return json.dumps([record.algorithm, foreign], sort_keys=True)
 
 
 def _results(record: Record) -> dict[str, tuple[float, float]]:
@@ -160,11 +177,12 @@ def _place_failed(record: Record, found: dict[Workload, dict[str, _Found]]) -> N
     for workload in tables:
         for rows in found[workload].values():
             one = (rows.finished or rows.failed)[0]
-            if (one.algorithm, one.config_hash) == (record.algorithm, record.config_hash):
+            same = one.config_hash == record.config_hash or record.ruleset == TUNED
+            if same and one.algorithm == record.algorithm:
                 rows.failed.append(record)
                 return
     table = found.setdefault(tables[0] if tables else own, {})
-    table.setdefault(record.identity, _Found()).failed.append(record)
+    table.setdefault(_row(record), _Found()).failed.append(record)
 
 
 def _rows(found: Mapping[str, _Found]) -> tuple[Group, ...]:

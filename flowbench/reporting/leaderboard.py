@@ -31,10 +31,19 @@ from flowbench.evaluation.statistics import (
 )
 from flowbench.evaluation.statistics.crossed import interval, mean_squares
 from flowbench.record import Record
-from flowbench.reporting.groups import Group, Workload, group, mixtures
+from flowbench.reporting.groups import TUNED, Group, Workload, group, mixtures
 from flowbench.reporting.style import family_of
 from flowbench.reporting.targets import DIVERSITY, Target, Unit, cost
-from flowbench.reporting.values import LEVEL, Values, gains_of, held_out, retained, speaks
+from flowbench.reporting.values import (
+    LEVEL,
+    Values,
+    gains_of,
+    held_out,
+    median_of_studies,
+    retained,
+    retained_by_studies,
+    speaks,
+)
 from flowbench.terms import plain_metric, trained_metrics
 
 TRUTH, EXACT = "oracle_exact", "reward"
@@ -46,7 +55,8 @@ LAST = ("oracle_exact", "oracle_soft", "diversity", "w2", "kl")  # columns, in t
 class Row:
     """One method, with one setting, on one workload.
 
-    gains: tuned minus base by metric, and "held-out"; retained: diversities as a share of the base model's, None where
+    gains: tuned minus base by metric, and "held-out", means over runs, or under ruleset "tuned" the median of the
+    studies, without an interval; retained: diversities as a share of the base model's, None where
     that has none; broken: metrics that are not finite in so many runs; standing: its place among the rows, None without
     a finished run. seconds, evaluations, reward_calls: means over finished runs. to_target: costs by unit.
     """
@@ -148,12 +158,19 @@ def _table(
     order = by if by in gains else _default_order(gains, workload.reward) if by is None else None
     ranking = compare(gains[order], speaks(gains[order], over)) if order else None
     standings = {s.algorithm: s for s in ranking.standings} if ranking else {}
-    rows = [_row(g, values[g.label], gains, over, standings.get(g.label), target) for g in groups]
+    tuned = workload.ruleset == TUNED
+    rows = [_row(g, values[g.label], gains, over, standings.get(g.label), target, tuned) for g in groups]
     places = {label: k for k, label in enumerate(standings)}
+
+    def place(row: Row) -> tuple[float, str]:
+        if not tuned:
+            return places.get(row.label, len(places)), row.label
+        return (-row.gains[order].value if order and order in row.gains else math.inf), row.label
+
     return Table(
         workload=workload,
         split=split,
-        rows=tuple(sorted(rows, key=lambda row: (places.get(row.label, len(places)), row.label))),
+        rows=tuple(sorted(rows, key=place)),
         metrics=(*metrics, *([HELD_OUT] if judged is not None else [])),
         trained=_trained(workload.reward),
         by=order,
@@ -173,17 +190,26 @@ def _row(
     over: Over,
     standing: Standing | None,
     target: Target | None,
+    tuned: bool,
 ) -> Row:
     label, done = one.label, one.finished
     mine = {m: g for m, g in gains.items() if np.isfinite(g.values[g.algorithms.index(label)]).any()}
     spent = [(r.budget.seconds, r.budget.function_evaluations, r.budget.reward_calls) for r in done]
     seconds, evaluations, calls = np.mean(spent, axis=0) if spent else (math.nan, math.nan, math.nan)
     units: tuple[Unit, ...] = ("images", "seconds")
+    failed, shares = len(one.failed), [m for m in values.whole if plain_metric(m) == DIVERSITY]
+    if tuned:
+        medians = {m: median_of_studies(g, label, m, over, failed) for m, g in mine.items()}
+        scores = {m: median for m, median in medians.items() if median is not None}
+        kept = {m: retained_by_studies(values, m, failed) for m in shares}
+    else:
+        scores = {m: mean_gain(g, label, speaks(g, over)) for m, g in mine.items()}
+        kept = {m: retained(values, m, over, failed) for m in shares}
     return Row(
         group=one,
         family=family_of(one.algorithm),
-        gains={m: mean_gain(g, label, speaks(g, over)) for m, g in mine.items()},
-        retained={m: retained(values, m, over, len(one.failed)) for m in values.whole if plain_metric(m) == DIVERSITY},
+        gains=scores,
+        retained=kept,
         broken=values.broken,
         standing=standing,
         images=round(np.mean([r.budget.images for r in one.records])),

@@ -11,8 +11,10 @@ from flowbench.evaluation.statistics import THESE, Gains, Interval, Over
 from flowbench.evaluation.statistics.crossed import interval, mean_squares
 from flowbench.record import Record
 from flowbench.reporting.groups import Group
+from flowbench.terms import plain_metric
 
 LEVEL = 0.95
+LOWER = ("w2", "kl")  # metrics of which less is better
 
 
 class Values:
@@ -96,6 +98,34 @@ def held_out(groups: Sequence[Group], values: Mapping[str, Values]) -> Gains | N
 def speaks(gains: Gains, over: Over) -> Over:
     """What an interval can speak of: where prompts are not known, seeds alone are drawn anew."""
     return over if gains.values.shape[2] > 1 else THESE
+
+
+def median_of_studies(gains: Gains, label: str, metric: str, over: Over, failed: int) -> Interval | None:
+    """The middle one of a row's results, of which those that failed are the worst; None where such a one is it."""
+    results = [float(v) for v in gains.values[gains.algorithms.index(label)].mean(-1) if math.isfinite(v)]
+    value = middle(results, failed, lower=plain_metric(metric) in LOWER)
+    prompts = gains.values.shape[2]
+    return None if value is None else Interval(value, None, None, speaks(gains, over), len(results), prompts, failed)
+
+
+def retained_by_studies(values: Values, metric: str, failed: int) -> Interval | None:
+    """Tuned over base of the middle result; None where that failed, or the base model has none."""
+    base, tuned = values.whole[metric]
+    if not (base > 0).all():
+        return None
+    value = middle((tuned / base)[:, 0].tolist(), failed)
+    return None if value is None else Interval(value, None, None, THESE, len(base), 1, failed)
+
+
+def middle(results: Sequence[float], failed: int, lower: bool = False) -> float | None:
+    """The median of results with so many failed ones, which are the worst; None if it is one of those.
+
+    lower: whether less is better.
+    """
+    worst = math.inf if lower else -math.inf
+    everything = [*results, *[worst] * failed]
+    value = float(np.median(everything)) if everything else math.nan
+    return value if math.isfinite(value) else None
 
 
 def retained(values: Values, metric: str, over: Over, failed: int) -> Interval | None:

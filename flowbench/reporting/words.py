@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flowbench.escape import plain
 from flowbench.evaluation.statistics import LIKE
 from flowbench.reporting.columns import GAIN, Column
-from flowbench.reporting.groups import HEX, Workload
+from flowbench.reporting.groups import HEX, TUNED, Workload
 from flowbench.reporting.leaderboard import Board, Table
 from flowbench.reporting.values import speaks
 from flowbench.terms import UNGUIDED
@@ -76,6 +76,13 @@ def legend(shown: Sequence[tuple[Table, Sequence[Column]]]) -> list[str]:
 
 
 def _intervals(tables: Sequence[Table]) -> str:
+    tuned = [table for table in tables if table.workload.ruleset == TUNED]
+    medians = "medians of the studies; ranks are of their means"
+    if len(tuned) == len(tables):
+        return medians
+    if tuned:
+        others = [table for table in tables if table.workload.ruleset != TUNED]
+        return f"{_intervals(others)}; under ruleset {TUNED} {medians}"
     speak = {speaks(gains, table.over) for table in tables for gains in table.gains.values()}
     if all(row.seeds < 2 for table in tables for row in table.rows):
         return "without intervals: one seed"
@@ -91,7 +98,9 @@ def warnings(table: Table) -> list[str]:
     lines = [f"Careful, {warning}." for warning in table.warnings]
     lost = [f"{row.failed} of {row.failed + row.seeds} runs of {plain(row.label)}" for row in table.rows if row.failed]
     if lost:
-        lines.append(f"Failed: {', '.join(lost)}; means are of the finished runs.")
+        tuned = table.workload.ruleset == TUNED
+        rule = "a failed study counts as the worst" if tuned else "means are of the finished runs"
+        lines.append(f"Failed: {', '.join(lost)}; {rule}.")
     single = [plain(row.label) for row in table.rows if row.seeds == 1]
     if single and any(row.seeds > 1 for row in table.rows):
         lines.append(f"One seed, hence no interval: {', '.join(single)}.")

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from flowbench.cli.display.console import console
+from flowbench.cli.display.studies import duration
 from flowbench.cli.display.studies import plan as plan_jobs
 from flowbench.escape import terminal as escape
 
@@ -24,9 +25,18 @@ STATES = ("done", "running", "interrupted", "failed", "missing")
 
 def plan(cells: Sequence[Cell]) -> None:
     """The runs of a suite and what they cost."""
-    from flowbench.experiments.suite import all_jobs
+    from flowbench.experiments.suite import all_jobs, seconds_left
 
     plan_jobs(all_jobs(cells))
+    later = sum(cell.later for cell in cells)
+    if later:
+        images = sum(cell.later * cell.workload.images for cell in cells)
+        console.print(f"and {later} results of studies, with {images} training images")
+    seconds = seconds_left(cells)
+    if seconds is None:
+        console.print("time: not known before a run has ended")
+    else:
+        console.print(f"time: {duration(seconds)} one run after another, as those that have ended", highlight=False)
     _not_applicable(cells)
 
 
@@ -43,7 +53,7 @@ def show(cells: Sequence[Cell], command: str) -> None:
             view.add_column(heading, justify="right", no_wrap=True)
         for cell in group:
             counts = cell.counts()
-            numbers = ["n/a", *[""] * len(STATES)] if cell.not_applicable else [len(cell.jobs), *counts.values()]
+            numbers = ["n/a", *[""] * len(STATES)] if cell.not_applicable else [cell.runs, *counts.values()]
             view.add_row(escape(cell.algorithm), *(str(n or "-") if n != "" else "" for n in numbers))
             total.update(counts)
         console.print(view)

@@ -67,6 +67,28 @@ def make_executor(
     return SlurmExecutor(logs, workers, cores, gpus, dict(options or {}))
 
 
+def executor_for(
+    name: str,
+    jobs: int | None,
+    cores: int,
+    gpus: int | None,
+    device: str,
+    output: Path,
+    options: Mapping[str, str] | None = None,
+) -> Executor:
+    """The executor for runs on a device. jobs: runs at a time; gpus: of each, None as `default_gpus`; output: the
+    folder below which Slurm's logs go; the others as in `make_executor`.
+
+    Raises UsageError as `make_executor` does, and for a device that is not on this machine.
+    """
+    from flowbench.models.devices import pick_device
+
+    if name == "local":
+        pick_device(device)  # now, and not as the failure of every run
+    each = default_gpus(name, device) if gpus is None else gpus
+    return make_executor(name, jobs, cores, each, logs=output / "slurm", options=options)
+
+
 def default_gpus(name: str, device: str) -> int:
     """GPUs of each run where nobody says: one where the runs are to be on GPUs, as far as this machine can tell."""
     if device != "auto" or name != "local":

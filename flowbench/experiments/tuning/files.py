@@ -5,70 +5,19 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from flowbench.errors import UsageError
 from flowbench.escape import csv as csv_text
 from flowbench.experiments.tuning.journal import Attempt, Trial
-from flowbench.files import write_atomically
-from flowbench.reading.documents import DocumentError, read_yaml
-from flowbench.workloads import Workload, first_fault
+from flowbench.reporting.chosen import CHOSEN, Chosen, Written, read_chosen
+from flowbench.workloads import Workload
 
-TRIALS, CHOSEN, STUDIES = "trials.csv", "chosen.yaml", "studies.yaml"
+__all__ = ["CHOSEN", "STUDIES", "TRIALS", "Chosen", "Studies", "median_gain", "read_chosen", "state", "trials_csv"]
 
-
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def save(self, path: Path) -> None:
-        """Write it as YAML, to a temporary name first."""
-        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+TRIALS, STUDIES = "trials.csv", "studies.yaml"
 
 
-class Chosen(_File):
-    """What a study selected, and everything that is needed to doubt it.
-
-    ruleset: None if the search is not that of a ruleset, and then `deviations` say how. run_seeds: of the search's
-    runs. selected: the trial's number, None if none qualifies. gain: of the reward on dev, tuned minus base, mean over
-    `seeds_of_selected`; kept: share of the base's diversity. edges: selected settings at an end of their range.
-    best_of: the gain that the best of k first runs has in the mean, for k = 1, 2, ... log_sha256: of journal.log.
-    """
-
-    algorithm: str
-    workload: Workload
-    workload_hash: str
-    ruleset: str | None
-    deviations: tuple[str, ...]
-    study: int
-    sampler: str
-    scramble_seed: int
-    run_seeds: tuple[int, ...]
-    trials: int
-    failed: int
-    collapsed: int
-    selected: int | None
-    reason: str
-    settings: dict[str, Any]
-    seeds_of_selected: tuple[int, ...]
-    reward: float | None
-    gain: float | None
-    kept: float | None
-    edges: tuple[str, ...]
-    best_of: tuple[float, ...]
-    space: dict[str, str]
-    fixed: dict[str, Any]
-    refused_choices: tuple[str, ...]
-    log: str
-    log_sha256: str
-    commit: str | None
-    versions: dict[str, str]
-
-
-class Studies(_File):
+class Studies(Written):
     """The results of several studies of one algorithm. median: of their gains on dev; a study without a selected trial
     counts as the lowest, and the median is None where such a one is in the middle."""
 
@@ -79,17 +28,6 @@ class Studies(_File):
     gains: tuple[float | None, ...]
     median: float | None
     files: tuple[str, ...]
-
-
-def read_chosen(path: Path) -> Chosen:
-    """Read a chosen.yaml.
-
-    Raises UsageError for a file that is none.
-    """
-    try:
-        return Chosen.model_validate(read_yaml(path))
-    except (DocumentError, ValidationError) as error:
-        raise UsageError(f"'{path}' is no chosen.yaml of a search: {first_fault(error)}") from error
 
 
 def median_gain(gains: Sequence[float | None]) -> float | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOG = "journal.log"
 IDENTITY = "search"  # the study's attribute that says what it is a search of
+DIMENSIONS = 6  # of the quasi-random sequence, as many as the rules allow a space
 SEED_OF_TRIAL = 7919  # apart, so that studies do not share proposals
 
 
@@ -166,6 +167,7 @@ class Journal:
 
 
 def _scrambled_sobol(space: SearchSpace, seed: int) -> BaseSampler:
+    from optuna.distributions import FloatDistribution
     from optuna.exceptions import ExperimentalWarning
     from optuna.samplers import QMCSampler
 
@@ -178,6 +180,15 @@ def _scrambled_sobol(space: SearchSpace, seed: int) -> BaseSampler:
         def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
             """The declared space."""
             return dict(declared)
+
+        def _sample_qmc(self, study: Any, search_space: dict[str, Any]) -> Any:
+            """A point of the same sequence for every algorithm, of which each has as many coordinates as it searches.
+
+            Coordinates depend on how many there are; so trial k has the same values of the dimensions that all
+            algorithms share, which they declare first.
+            """
+            unused = {f"unused {k}": FloatDistribution(0.0, 1.0) for k in range(len(search_space), DIMENSIONS)}
+            return super()._sample_qmc(study, {**search_space, **unused})[:, : len(search_space)]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

@@ -8,16 +8,21 @@ from typing import Any, Literal, TypeAlias
 
 from flowbench.errors import UsageError
 from flowbench.experiments.jobs import Stamp
+from flowbench.experiments.rules import (
+    FINALISTS,
+    FIRST_SEED,
+    MORE_SEEDS,
+    STUDIES,
+    STUDY_SEEDS,
+    TRIALS,
+    TRIALS_OF_STUDY,
+)
 from flowbench.experiments.suite import FREE
 from flowbench.workloads import Workload
 
 SamplerName: TypeAlias = Literal["qmc", "tpe"]
 SEARCH = "search"  # in the records of runs that a search for ruleset "defaults" made
 QMC: Literal["qmc"] = "qmc"
-FIRST_SEED = 1000  # of a search's runs; results use seeds from 0, so that none was selected on
-STUDY_SEEDS = 100  # set aside for each study
-TRIALS, FINALISTS, MORE_SEEDS = 20, 3, 2  # of ruleset "defaults"
-STUDIES, TRIALS_OF_STUDY = 3, 5  # of ruleset "tuned"
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,16 @@ def search_plan(
     studies: int = 1,
     finalists: int | None = None,
     more_seeds: int | None = None,
-    sampler: SamplerName = QMC,
+    sampler: str = QMC,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> SearchPlan:
-    """The plan with what is None as the rules have it: for one study those of "defaults", for several of "tuned"."""
+    """The plan with what is None as the rules have it: for one study those of "defaults", for several of "tuned".
+
+    Raises UsageError for numbers that make no search, or an unknown sampler.
+    """
+    if sampler not in ("qmc", "tpe"):
+        raise UsageError(f"unknown sampler '{sampler}'; use qmc, or tpe outside the rules")
     tuned = studies > 1
     return SearchPlan(
         workload=workload,
@@ -100,7 +110,7 @@ def search_plan(
         studies=studies,
         finalists=finalists if finalists is not None else (0 if tuned else FINALISTS),
         more_seeds=more_seeds if more_seeds is not None else (0 if tuned else MORE_SEEDS),
-        sampler=sampler,
+        sampler="tpe" if sampler == "tpe" else QMC,
         seed=seed,
         settings=dict(settings or {}),
     )

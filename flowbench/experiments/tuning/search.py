@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Search:
     def job(self, request: Request) -> Job:
         """The run of a request. Raises UsageError for settings that cannot be run together."""
         study = f"study {self.study + 1} " if self.plan.studies > 1 else ""
-        return make_job(
+        job = make_job(
             f"{self.algorithm} {study}trial {request.trial.number} seed {request.seed}",
             self.algorithm,
             self.plan.workload.reward,
@@ -126,6 +126,7 @@ class Search:
             prompts=self.plan.workload.prompts,
             stamp=self.plan.stamp,
         )
+        return replace(job, lean=True)
 
     def selected(self) -> Candidate | None:
         """The trial that the study selects, None if none qualifies."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
-from flowbench.errors import UsageError
-from flowbench.experiments.executors import Executor
+from flowbench.errors import NotApplicableError, RunError, UsageError
+from flowbench.experiments.executors import DIED, Executor
 from flowbench.experiments.jobs import Job, Outcome
 from flowbench.experiments.run import Listener
 from flowbench.experiments.study import StudyListener, run_jobs
@@ -18,6 +20,9 @@ from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.experiments.tuning.plan import QMC, SearchPlan
 from flowbench.experiments.tuning.search import Places, Request, Search, attempt_of, check_dev, study_folder
 from flowbench.locks import locked
+from flowbench.registry import algorithms
+
+logger = logging.getLogger("flowbench")
 
 Runner: TypeAlias = Callable[[Sequence[Job], StudyListener], Sequence[Outcome]]
 
@@ -43,10 +48,11 @@ def tune(
 ) -> list[StudyResult]:
     """Search for settings of each algorithm as the plan says, and write what was found; in the order of the names.
 
-    workers, executor: as `run_jobs` has them; run: makes runs in its place. Trials that are in a log already are not
-    repeated, failed ones neither.
+    workers, executor: as `run_jobs` has them; run: makes runs in its place. Runs of all algorithms wait in one queue,
+    trial by trial, so that a search that is stopped early has as many of each. Runs that are in a log already are not
+    repeated, neither are those that failed by themselves; a run that was cut off is made again.
     Raises UsageError before anything runs; BusyError when another process is at the same search; RunInterruptedError on
-    Ctrl-C, and then the same call continues.
+    Ctrl-C, RunError for runs that were cut off twice: then the same call continues.
     """
     if len(set(names)) < len(names):
         raise UsageError("an algorithm is named twice; name each once")
@@ -62,15 +68,28 @@ def tune(
         ):
             held.enter_context(locked(folder, f"the search in '{folder}'"))
         searches = [Search(name, plan, study, places) for name in names for study in range(plan.studies)]
-        stage = _Stage(make, listener, len(names) * plan.runs)
+        stage = _Stage(make, listener, searches)
         # Without results every proposal is known at once; with them they come in turns.
         step = plan.trials if plan.sampler == QMC else workers
         for count in range(step, plan.trials + step, step):
-            stage.carry_out([request for search in searches for request in search.first_runs(count)])
-        stage.carry_out([request for search in searches for request in search.further_runs()])
+            stage.carry_out(_in_turns([search.first_runs(count) for search in searches]))
+        stage.carry_out(_in_turns([search.further_runs() for search in searches]))
         found = [StudyResult(s.write(), tuple(s.trials()), s.finalists(), s.folder) for s in searches]
         if plan.studies > 1:
             _write_studies(names, plan, places, found)
+    return found
+
+
+def searchable(plan: SearchPlan, places: Places) -> list[str]:
+    """The installed algorithms that can be run on the plan's workload; says of each other why it cannot."""
+    nowhere, found = replace(places, logs=None), []
+    for name in algorithms.names():
+        try:
+            Search(name, plan, 0, nowhere)
+        except NotApplicableError as error:
+            logger.warning("'%s' is not searched: %s", name, error)
+        else:
+            found.append(name)
     return found
 
 
@@ -82,14 +101,35 @@ def planned(names: Sequence[str], plan: SearchPlan, places: Places) -> list[Requ
     return [request for search in searches for request in search.first_runs(plan.trials)]
 
 
-class _Stage:
-    """Makes runs for searches, keeps their results as they come, and tells of them among all runs of the search."""
+def _in_turns(requests: Sequence[Sequence[Request]]) -> list[Request]:
+    """The first of each search, then the second of each, and so on."""
+    return [request for turn in zip_longest(*requests) for request in turn if request is not None]
 
-    def __init__(self, run: Runner, listener: StudyListener, total: int) -> None:
-        self.run, self.listener, self.total, self.done = run, listener, total, 0
+
+class _Stage:
+    """Makes runs for searches, keeps their results as they come, and tells of them among all runs of the searches."""
+
+    def __init__(self, run: Runner, listener: StudyListener, searches: Sequence[Search]) -> None:
+        self.run, self.listener = run, listener
+        self.total = sum(search.plan.runs // search.plan.studies for search in searches)
+        self.done = sum(len(trial.attempts) for search in searches for trial in search.trials())
 
     def carry_out(self, requests: Sequence[Request]) -> None:
-        """Make these runs."""
+        """Make these runs, those that are cut off a second time when all others are made.
+
+        Raises RunError for those that are cut off again, unless their worker died: of that they are the cause.
+        """
+        left = self._make(requests, last=False)
+        left = self._make([request for _, requests in left for request in requests], last=True) if left else []
+        if left:
+            outcome, _ = left[0]
+            raise RunError(
+                f"{len(left)} runs were cut off and are no results, the first is {outcome.job.label}: "
+                f"{outcome.failure}; mend that, and the same command makes them"
+            )
+
+    def _make(self, requests: Sequence[Request], last: bool) -> list[tuple[Outcome, list[Request]]]:
+        """Make these runs and keep what became of them; gives those that were cut off."""
         by_folder: dict[Path, list[Request]] = {}  # two trials may differ in nothing that a run feels
         jobs: list[Job] = []
         for request in requests:
@@ -101,17 +141,21 @@ class _Stage:
             if job.folder not in by_folder:
                 jobs.append(job)
             by_folder.setdefault(job.folder, []).append(request)
+        if not jobs:
+            return []
         kept: set[Path] = set()
+        cut_off: dict[Path, Outcome] = {}
+        before, total = self.done, max(self.total, self.done + len(jobs))
 
         def keep(outcome: Outcome) -> None:
-            if outcome.job.folder in kept:
-                return
-            kept.add(outcome.job.folder)
-            requests = by_folder[outcome.job.folder]
-            for request in requests:
-                self._keep(request, attempt_of(outcome))
-
-        before, total = self.done, max(self.total, self.done + len(jobs))
+            folder, died = outcome.job.folder, (outcome.failure or "").startswith(DIED)
+            if outcome.cut_off and not (last and died):
+                cut_off[folder] = outcome
+            elif folder not in kept:
+                kept.add(folder)
+                told = replace(outcome, failure=f"{outcome.failure}, twice") if outcome.cut_off else outcome
+                for request in by_folder[folder]:
+                    self._keep(request, attempt_of(told))
 
         def start(job: Job, done: int, _: int) -> AbstractContextManager[Listener]:
             return self.listener.on_start(job, before + done, total)
@@ -120,14 +164,14 @@ class _Stage:
             keep(outcome)
             self.listener.on_outcome(outcome, before + done, total)
 
-        if jobs:
-            # Also those that had finished when an earlier call was interrupted, of which `ended` is not told.
-            for outcome in self.run(jobs, StudyListener(start, self.listener.on_training, ended)):
-                keep(outcome)
-        self.done += len(jobs)
+        # Also those that had finished when an earlier call was interrupted, of which `ended` is not told.
+        for outcome in self.run(jobs, StudyListener(start, self.listener.on_training, ended)):
+            keep(outcome)
+        return [(outcome, by_folder[folder]) for folder, outcome in cut_off.items()]
 
     def _keep(self, request: Request, attempt: Attempt) -> None:
         request.search.journal.keep(request.trial.number, attempt)
+        self.done += 1
 
 
 def _write_studies(names: Sequence[str], plan: SearchPlan, places: Places, found: Sequence[StudyResult]) -> None:

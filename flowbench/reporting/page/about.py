@@ -10,7 +10,8 @@ from flowbench.errors import RunError, UsageError
 from flowbench.escape import plain
 from flowbench.record import Record
 from flowbench.registry import algorithms
-from flowbench.reporting.groups import differences
+from flowbench.reporting.chosen import Chosen, shown_settings
+from flowbench.reporting.groups import TUNED, differences, is_trial
 from flowbench.reporting.leaderboard import Board
 from flowbench.reporting.page import data
 from flowbench.reporting.page.numbers import rounded
@@ -20,18 +21,52 @@ from flowbench.terms import trained_metrics
 from flowbench.workloads import load_workload, workload_names
 
 SITE = "https://flowbench.github.io/flowbench/algorithms/"
-SEARCH = "search"  # the ruleset of runs that a search made
 
 
 def methods(
-    names: Iterable[str], records: Sequence[Record], spaces: Mapping[str, Mapping[str, str]]
+    names: Iterable[str],
+    records: Sequence[Record],
+    spaces: Mapping[str, Mapping[str, str]],
+    searches: Sequence[Chosen] = (),
 ) -> tuple[data.Method, ...]:
-    """The methods of these names. records: of all runs, those of searches among them; spaces: by name, as `spaces`."""
+    """The methods of these names. records: of all runs, those of searches among them; spaces: by name, as `spaces`;
+    searches: what they selected."""
     own = {p.name for p in entry_points(group=algorithms.group) if p.module.startswith("flowbench.algorithms.")}
-    return tuple(_method(name, name in own, trials(records, name), spaces.get(name, {})) for name in sorted(set(names)))
+    return tuple(
+        _method(name, name in own, trials(records, name), spaces.get(name, {}), searches_of(searches, name))
+        for name in sorted(set(names))
+    )
 
 
-def _method(name: str, own: bool, tried: tuple[data.Trial, ...], space: Mapping[str, str]) -> data.Method:
+def searches_of(searches: Sequence[Chosen], algorithm: str) -> tuple[data.Search, ...]:
+    """What the searches of an algorithm selected."""
+    return tuple(
+        data.Search(
+            workload=plain(c.workload.name),
+            ruleset=plain(c.ruleset or ""),
+            study=c.study + 1 if c.ruleset == TUNED else None,
+            trials=c.trials,
+            failed=c.failed,
+            collapsed=c.collapsed,
+            settings="" if c.selected is None else plain(shown_settings(c)),
+            reason=plain(c.reason),
+            gain=None if c.gain is None else rounded(c.gain),
+            diversity=None if c.kept is None else rounded(c.kept),
+            edges=tuple(map(plain, c.edges)),
+            best_of=tuple(map(rounded, c.best_of)),
+        )
+        for c in searches
+        if c.algorithm == algorithm
+    )
+
+
+def _method(
+    name: str,
+    own: bool,
+    tried: tuple[data.Trial, ...],
+    space: Mapping[str, str],
+    searches: tuple[data.Search, ...],
+) -> data.Method:
     look, family = mark(name), family_of(name)
     summary, paper = "", None
     if own:  # a plug-in that happens to be installed here may be another than the record's
@@ -51,6 +86,7 @@ def _method(name: str, own: bool, tried: tuple[data.Trial, ...], space: Mapping[
         paper=paper,
         space={plain(k): plain(v) for k, v in space.items()},
         trials=tried,
+        searches=searches,
     )
 
 
@@ -99,7 +135,7 @@ def targets(result: Board) -> dict[str, data.Goal]:
 
 def trials(records: Sequence[Record], algorithm: str) -> tuple[data.Trial, ...]:
     """The runs of an algorithm's searches: what they varied, and how they ended on `dev`."""
-    mine = [r for r in records if r.ruleset == SEARCH and r.algorithm == algorithm]
+    mine = [r for r in records if is_trial(r) and r.algorithm == algorithm]
     if not mine:
         return ()
     varied = differences([r.config for r in mine]) if len(mine) > 1 else [""]

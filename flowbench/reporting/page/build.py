@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from flowbench.escape import plain
 from flowbench.evaluation.statistics import LIKE, Over
 from flowbench.record import RANDOM, Record
-from flowbench.reporting.groups import HEX
+from flowbench.reporting.chosen import Chosen
+from flowbench.reporting.groups import HEX, TUNED, is_trial
 from flowbench.reporting.leaderboard import Board, board
 from flowbench.reporting.page import about, curves, data, verdict
 from flowbench.reporting.page.naming import names_of, short_names
@@ -23,7 +25,7 @@ def tables(records: Sequence[Record], split: str = "test", over: Over = LIKE) ->
 
     Raises UsageError as `flowbench.reporting.leaderboard.board`.
     """
-    shown = [r for r in records if r.ruleset != about.SEARCH and not r.model.endswith(RANDOM)]
+    shown = [r for r in records if not is_trial(r) and not r.model.endswith(RANDOM)]
     return board(shown, split, over) if shown else Board(())
 
 
@@ -33,12 +35,14 @@ def page_data(
     targets: Mapping[str, data.Goal] | None = None,
     spaces: Mapping[str, Mapping[str, str]] | None = None,
     walls: Sequence[data.Wall] = (),
+    searches: Sequence[Chosen] = (),
 ) -> data.PageData:
     """What the page says of some tables.
 
     records: those that the tables were made from and those of searches, which are trials of a method; targets: by a
     workload's name, by default those that installed workloads state; spaces: search spaces, as `about.spaces` finds
-    them; walls: images, as `samples.walls` finds them.
+    them; walls: images, as `samples.walls` finds them; searches: what they selected, as `find_chosen` finds them.
+    Results of ruleset "tuned" stand beside those of the defaults, and are in no summary with them.
     """
     targets, spaces = about.targets(result) if targets is None else targets, spaces or {}
     short = short_names(result)
@@ -46,21 +50,34 @@ def page_data(
         workload(table, k, title, targets.get(table.workload.name))
         for k, (table, title) in enumerate(zip(result.tables, titles(result), strict=True))
     )
-    profile = curves.profile(workloads, short)
+    summed = [k for k, table in enumerate(result.tables) if table.workload.ruleset != TUNED]
+    summed = summed or list(range(len(result.tables)))
+    profile = curves.profile([workloads[k] for k in summed], [short[k] for k in summed])
     algorithms = [row.algorithm for table in result.tables for row in table.rows]
-    algorithms += [r.algorithm for r in records if r.ruleset == about.SEARCH]
+    algorithms += [r.algorithm for r in records if is_trial(r)]
     ids = {name: w.id for name, w in zip(short, workloads, strict=True)}
     return data.PageData(
-        verdict=tuple(verdict.overall(result.tables, short, [names_of(table) for table in result.tables])),
+        verdict=tuple(_verdict(result, short, summed)),
         facts=_facts(result, records),
         warnings=tuple(_warnings(result, short)),
-        overview=_overview(workloads, profile),
-        ordered_by=_ordered_by(profile, workloads),
-        methods=about.methods(algorithms, records, spaces),
+        overview=_overview(workloads, [workloads[k] for k in summed], profile),
+        ordered_by=_ordered_by(profile, [workloads[k] for k in summed]),
+        methods=about.methods(algorithms, records, spaces, searches),
         workloads=tuple(w.model_copy(update={"name": name}) for w, name in zip(workloads, short, strict=True)),
         profile=profile,
         walls=tuple(w.model_copy(update={"workload": ids[w.workload]}) for w in walls if w.workload in ids),
     )
+
+
+def _verdict(result: Board, short: Sequence[str], summed: Sequence[int]) -> list[str]:
+    """The verdict over the tables that are summed up, and a sentence or two for each of the others."""
+    tables, names = result.tables, [names_of(table) for table in result.tables]
+    said = verdict.overall([tables[k] for k in summed], [short[k] for k in summed], [names[k] for k in summed])
+    for k, table in enumerate(tables):
+        if k not in summed:
+            first, *more = verdict.of_workload(table, names[k])
+            said += [f"{short[k]}: {first}", *more[:1]]
+    return said
 
 
 def _warnings(result: Board, short: Sequence[str]) -> list[str]:
@@ -78,21 +95,23 @@ def _warnings(result: Board, short: Sequence[str]) -> list[str]:
     return lines
 
 
-def _overview(workloads: Sequence[data.Workload], profile: data.Profile | None) -> tuple[data.Standing, ...]:
-    """All labels: by the area of their profile, then by their mean place."""
+def _overview(
+    workloads: Sequence[data.Workload], summed: Sequence[data.Workload], profile: data.Profile | None
+) -> tuple[data.Standing, ...]:
+    """All labels: by the area of their profile, then by their mean place on the workloads that are summed up."""
     rows: dict[str, list[int]] = {}
-    methods: dict[str, str] = {}
-    for w in workloads:
+    methods = {row.label: row.method for w in workloads for row in w.rows}
+    for w in summed:
         for place, row in enumerate(w.rows):
             rows.setdefault(row.label, []).append(place)
-            methods[row.label] = row.method
     area = {c.label: c.area for c in profile.curves} if profile else {}
 
     def order(label: str) -> tuple[float, float, str]:
-        return (-area.get(label, 0.0), sum(rows[label]) / len(rows[label]), label)
+        mean = sum(rows[label]) / len(rows[label]) if label in rows else math.inf
+        return (-area.get(label, 0.0), mean, label)
 
     return tuple(
-        data.Standing(label=label, method=methods[label], area=area.get(label)) for label in sorted(rows, key=order)
+        data.Standing(label=label, method=methods[label], area=area.get(label)) for label in sorted(methods, key=order)
     )
 
 
@@ -114,7 +133,7 @@ def _facts(result: Board, records: Sequence[Record]) -> data.Facts:
         failed=sum(row.failed for row in rows),
         methods=len({row.algorithm for row in rows}),
         seeds=(min(seeds), max(seeds)) if seeds else None,
-        trials=sum(r.ruleset == about.SEARCH for r in records),
+        trials=sum(map(is_trial, records)),
         rulesets=tuple(sorted({plain(r.ruleset) for r in runs if r.ruleset})),
         commits=tuple(commit for commit, _ in commits.most_common()),
         devices=tuple(sorted({plain(r.device) for r in runs if r.device})),

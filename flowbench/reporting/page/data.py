@@ -66,7 +66,8 @@ class CurvePoint(_Part):
 
 
 class Run(_Part):
-    """One record. gains: tuned minus base on the table's split, means over prompts."""
+    """One record. gains: tuned minus base on the table's split, means over prompts; settings: what tells it from the
+    other runs of its row, where each study selected its own."""
 
     seed: int
     status: Literal["finished", "failed"]
@@ -76,6 +77,7 @@ class Run(_Part):
     finished: str
     seconds: float
     gains: dict[str, float]
+    settings: str = ""
 
 
 class Row(_Part):
@@ -183,6 +185,25 @@ class Trial(_Part):
     diversity: float | None
 
 
+class Search(_Part):
+    """What a search selected. study: from 1, None for the only one; settings: as text, "" if nothing was selected, and
+    `reason` says why; gain, diversity: of the selected, on dev; edges: of the space, at which it stands; best_of: the
+    mean gain of the best of k trials, for k = 1, 2, ...; ruleset: "" outside of the rules."""
+
+    workload: str
+    ruleset: str
+    study: int | None
+    trials: int
+    failed: int
+    collapsed: int
+    settings: str
+    reason: str
+    gain: float | None
+    diversity: float | None
+    edges: tuple[str, ...]
+    best_of: tuple[float, ...]
+
+
 class Method(_Part):
     """A method, wherever it stands. marker and dashes as matplotlib names them; links only where they are known."""
 
@@ -196,6 +217,7 @@ class Method(_Part):
     paper: str | None = None
     space: dict[str, str] = {}
     trials: tuple[Trial, ...] = ()
+    searches: tuple[Search, ...] = ()
 
 
 class Curve(_Part):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flowbench.escape import plain
 from flowbench.evaluation.statistics import Pair
+from flowbench.reporting.groups import TUNED
 from flowbench.reporting.leaderboard import Table
 
 SIZE = 0.05  # of the corrected tests
@@ -158,9 +159,10 @@ def _line(at: Place, short: str, names: Mapping[str, str]) -> str:
 
 
 def seeds_of(table: Table) -> str:
-    """ "10 seeds", or "3 to 5 seeds": of the methods that have an interval."""
+    """ "10 seeds", "3 to 5 seeds", or "3 studies": of the methods that have an interval."""
+    what = "studies" if table.workload.ruleset == TUNED else "seeds"
     numbers = sorted({row.seeds for row in table.rows if row.seeds > 1} or {row.seeds for row in table.rows})
-    return f"{numbers[0]} seeds" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds"
+    return f"{numbers[0]} {what}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} {what}"
 
 
 def listed(labels: Sequence[str], names: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from flowbench.evaluation.statistics import Gains, Interval, probability_of_impr
 from flowbench.evaluation.statistics import Pair as Compared
 from flowbench.evaluation.statistics import interquartile_mean as middle
 from flowbench.record import Record
+from flowbench.reporting.groups import TUNED, differences
 from flowbench.reporting.leaderboard import EXACT, HELD_OUT, TRUTH, Row, Table
 from flowbench.reporting.page import curves, data, verdict
 from flowbench.reporting.page.naming import names_of
@@ -139,7 +140,7 @@ def _row(row: Row, label: str, table: Table, target: data.Goal | None) -> data.R
         reached=curves.reached(row.group, target),
         curve=tuple(_renamed(point, table) for point in points),
         settings=settings(row.group.records[0].config),
-        runs=tuple(_run(r, table.split) for r in row.group.records),
+        runs=tuple(_run(r, table.split, own) for r, own in zip(row.group.records, _own(row, table), strict=True)),
     )
 
 
@@ -152,7 +153,15 @@ def _renamed(point: data.CurvePoint, table: Table) -> data.CurvePoint:
     return point.model_copy(update={"scores": {plain(key): value for key, value in scores.items()}})
 
 
-def _run(r: Record, split: str) -> data.Run:
+def _own(row: Row, table: Table) -> list[str]:
+    """What tells the settings of a row's studies apart."""
+    records = row.group.records
+    if table.workload.ruleset != TUNED or len(records) < 2:
+        return [""] * len(records)
+    return differences([r.config for r in records])
+
+
+def _run(r: Record, split: str, settings: str) -> data.Run:
     ends = {key.split("/")[0]: score.change for key, score in r.scores.items() if key.split("/")[1:] == [split]}
     return data.Run(
         seed=r.seed,
@@ -163,6 +172,7 @@ def _run(r: Record, split: str) -> data.Run:
         finished=plain(r.finished),
         seconds=rounded(r.budget.seconds),
         gains={plain(metric): rounded(gain) for metric, gain in ends.items() if math.isfinite(gain)},
+        settings=plain(settings),
     )
 
 

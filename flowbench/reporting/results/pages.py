@@ -6,8 +6,8 @@ leaderboard/README.md, index.html, over-optimisation.md, claims.md, schema.json,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowbench.errors import UsageError
@@ -15,20 +15,23 @@ from flowbench.files import write_atomically
 from flowbench.record import Record, read_records
 from flowbench.reporting.audit.claims import claims, claims_page
 from flowbench.reporting.audit.documents import draw, over_optimisation
+from flowbench.reporting.chosen import Chosen, find_chosen, searches_markdown
 from flowbench.reporting.columns import columns
 from flowbench.reporting.documents import to_csv, to_markdown
+from flowbench.reporting.groups import TUNED, is_trial
 from flowbench.reporting.leaderboard import Board, board
 from flowbench.reporting.page.about import spaces
 from flowbench.reporting.page.build import page_data
 from flowbench.reporting.page.render import html
 from flowbench.reporting.results.files import VERSION
 from flowbench.reporting.results.schema import schema_text
-from flowbench.reporting.results.single import SEARCH, is_trial
 from flowbench.reporting.style import is_own, only_own_families
 
 BEGIN, END = "<!-- made by flowbench leaderboard --write -->", "<!-- until here -->"
 SPLIT = "test"
-INDEX, IMAGES, RESULTS, README = "index.html", "images", "results", "README.md"
+INDEX, IMAGES, RESULTS, README, SEARCHES = "index.html", "images", "results", "README.md", "search"
+SEARCHED = """What each search selected on split dev, from how many trials, and what the best of k trials gains in the
+mean. A value at an edge of its range says that a wider one might be better ([docs/tuning.md](../docs/tuning.md))."""
 NOTHING_YET = """**No ranking is published yet.** Results are published here when every method had the same search,
 seeds and rules, on one commit and one kind of device, and that campaign has not run to its end. The first table is
 {history}, with the reasons why none of its numbers is a ranking.
@@ -64,18 +67,25 @@ def pages(folder: Path, readme: Path) -> Pages:
 
 def _pages(folder: Path, readme: Path) -> Pages:
     records, tables = published(folder / RESULTS)
+    searches = find_chosen(folder / SEARCHES)
+    plain_tables = _untuned(tables)
     files = {
-        folder / README: _board_page(tables),
-        folder / "over-optimisation.md": over_optimisation(tables, IMAGES),
-        folder / "claims.md": claims_page(claims(tables.tables, records)),
+        folder / README: _board_page(tables, searches),
+        folder / "over-optimisation.md": over_optimisation(plain_tables, IMAGES),
+        folder / "claims.md": claims_page(claims(plain_tables.tables, records)),
         folder / "schema.json": schema_text(),
     }
     if tables.tables:
         declared = spaces(name for name in {r.algorithm for r in records} if is_own(name))
-        files[folder / INDEX] = html(page_data(tables, records, spaces=declared), to_csv(tables))
+        files[folder / INDEX] = html(page_data(tables, records, spaces=declared, searches=searches), to_csv(tables))
     if readme.is_file():
         files[readme] = _with_part(readme, _summary(tables))
     return Pages(files, tables)
+
+
+def _untuned(tables: Board) -> Board:
+    """Without results of ruleset "tuned", which stand beside the defaults and are in no evidence together with them."""
+    return replace(tables, tables=tuple(t for t in tables.tables if t.workload.ruleset != TUNED))
 
 
 def published(root: Path) -> tuple[tuple[Record, ...], Board]:
@@ -85,7 +95,7 @@ def published(root: Path) -> tuple[tuple[Record, ...], Board]:
     found = read_records([root / VERSION])
     if found.faults:
         raise UsageError(found.faults[0])
-    shown = [r for r in found.records if r.ruleset not in (None, SEARCH) and not is_trial(r)]
+    shown = [r for r in found.records if r.ruleset is not None and not is_trial(r)]
     return found.records, board(shown, SPLIT) if shown else Board(())
 
 
@@ -108,7 +118,7 @@ def write(made: Pages, folder: Path) -> list[Path]:
     for path, text in made.files.items():
         write_atomically(path, text)
     with only_own_families():
-        return [*made.files, *draw(made.board, folder / IMAGES)]
+        return [*made.files, *draw(_untuned(made.board), folder / IMAGES)]
 
 
 _PAYLOAD = re.compile(r"<script[^>]*type=\"application/json\"[^>]*>.*?</script>", re.DOTALL)
@@ -119,9 +129,10 @@ def _data(path: Path, text: str) -> str:
     return "\n".join(_PAYLOAD.findall(text)) if path.suffix == ".html" else text
 
 
-def _board_page(tables: Board) -> str:
+def _board_page(tables: Board, searches: Sequence[Chosen]) -> str:
     nothing = NOTHING_YET.format(history="[history](history/README.md)")
-    return f"{HEAD}\n{to_markdown(tables) if tables.tables else nothing}"
+    found = f"\n### Searches\n\n{SEARCHED}\n\n{searches_markdown(searches)}\n" if searches else ""
+    return f"{HEAD}\n{to_markdown(tables) if tables.tables else nothing}{found}"
 
 
 def _summary(tables: Board) -> str:

@@ -21,13 +21,14 @@ from flowbench.plugin_sources import source
 from flowbench.prompts import available_splits, load_split
 from flowbench.record import OWN, PRESET, VERSION, Record, Score, code_commit, weight_hashes
 from flowbench.registry import algorithms, rewards
+from flowbench.reporting.groups import SEARCH, is_trial
 from flowbench.reporting.targets import DIVERSITY
 from flowbench.terms import plain_metric, term_names
 from flowbench.workloads import load_workload, workload_names
 
 SLACK = 1e-3  # of a bound: published numbers are rounded
 # A search's trials are scored on dev alone, at the end: what they leave out cannot be selected by.
-SEARCH, OF_TRIALS = "search", ("splits", "judges", "points", "dev_judges")
+OF_TRIALS = ("splits", "judges", "points", "dev_judges")
 SHARES, LENGTHS = ("oracle_exact", "oracle_soft"), (DIVERSITY, "w2", "kl")
 
 
@@ -68,11 +69,6 @@ def _of_workload(record: Record) -> Iterator[str]:
     for name, wanted in wants.items():
         if has[name] != wanted:
             yield f"has {name} = {plain(str(has[name]))}, and workload '{workload.name}' {wanted}"
-
-
-def is_trial(record: Record) -> bool:
-    """Whether it is a trial of a search, which has no score on a reporting split."""
-    return record.ruleset in (SEARCH, "tuned") and _section(record, "evaluation").get("splits") == []
 
 
 def _section(record: Record, name: str) -> dict[str, Any]:

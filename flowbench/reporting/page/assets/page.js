@@ -152,12 +152,21 @@ function searchOf(method, scroll) {
     ["trial", "workload", "seed", "reward gain on dev", "diversity", "state"], method.trials.map((t) => [t.settings || "the defaults", t.workload, `${t.seed}`,
       t.reward === null ? "–" : spelled(t.reward, "gain", 4), t.diversity === null ? "–" : `×${t.diversity.toFixed(2)}`, t.status]))));
   else parts.push(h("p", { class: "note" }, "No trial of a search is among these records."));
+  if (method.searches.length) parts.unshift(h("p", { class: "note" }, "What its searches selected on dev; k: the mean gain of the best of k trials."), scroll("searches", simpleTable("Searches",
+    ["workload", "search", "trials", "chosen", "gain on dev", "diversity", "at an edge", "best of k"], method.searches.map((s) => [s.workload, `${s.ruleset || "outside of the rules"}${s.study === null ? "" : `, study ${s.study}`}`,
+      `${s.trials}${s.failed + s.collapsed ? ` (${s.failed} failed, ${s.collapsed} collapsed)` : ""}`, s.settings || s.reason, s.gain === null ? "–" : spelled(s.gain, "gain", 4),
+      s.diversity === null ? "–" : `×${s.diversity.toFixed(2)}`, s.edges.join("; ") || "no", growthOf(s.best_of)]))));
   return parts;
+}
+function growthOf(best) {
+  const steps = [1, 2, 5, 10, 20].filter((k) => k < best.length).concat(best.length ? [best.length] : []);
+  return steps.map((k) => `${k}: ${spelled(best[k - 1], "gain", 4)}`).join(", ");
 }
 function runsOf(w, row, scroll) {
   const metrics = [w.by, w.roles.reward, w.roles.diversity].filter((m, k, all) => m && all.indexOf(m) === k);
-  const head = ["seed", "state", ...metrics, "seconds", "commit", "command"];
-  const lines = row.runs.map((run) => [`${run.seed}`, run.failure ? `failed: ${run.failure}` : run.status,
+  const own = row.runs.some((run) => run.settings);
+  const head = ["seed", "state", ...(own ? ["settings"] : []), ...metrics, "seconds", "commit", "command"];
+  const lines = row.runs.map((run) => [`${run.seed}`, run.failure ? `failed: ${run.failure}` : run.status, ...(own ? [run.settings] : []),
     ...metrics.map((m) => (m in run.gains ? spelled(run.gains[m], "gain", 3) : "–")), grouped(run.seconds), run.commit ? run.commit.slice(0, 7) : "unknown", h("code", {}, run.command)]);
   return h("section", {}, h("h3", {}, `On ${w.name}${row.label === row.method ? "" : `: ${row.label}`}`),
     h("p", { class: "note" }, "Tuned minus base, by seed."), scroll("runs", simpleTable("Runs: tuned minus base by seed", head, lines)),

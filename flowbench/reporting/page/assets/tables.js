@@ -58,6 +58,8 @@ function resultsTable(w, methods, state, changed) {
   ];
   const some = w.rows.some((row) => row.failed);
   if (some) fixed.push({ key: "failed", heading: "failed", meaning: "share of runs without a result", kind: "failed", lower: true });
+  const studies = w.ruleset === "tuned" && w.by;
+  if (studies) fixed.push({ key: "studies", heading: "studies", meaning: `${w.by} of each study; the median is the score`, kind: "gain" });
   const columns = [...fixed, ...w.columns], chosen = new Set([...fixed, ...w.columns.filter((c) => c.usual)].map((c) => c.key));
   let order = { key: "rank", down: false };
   const table = h("table", { class: "results" }), places = Object.fromEntries(w.columns.map((c) => [c.key, placesOf(w.rows, c.key)]));
@@ -69,6 +71,7 @@ function resultsTable(w, methods, state, changed) {
     if (column.key === "rank") return row.rank ? rankOf.get(row) : null;
     if (column.key === "label") return row.label.toLowerCase();
     if (column.key === "seeds") return row.seeds;
+    if (column.key === "studies") return row.values[w.by]?.value ?? null;
     if (column.key === "failed") return row.failed / (row.failed + row.seeds);
     if (column.key.startsWith("to:")) {
       const found = row.reached[column.key.slice(3)];
@@ -79,6 +82,7 @@ function resultsTable(w, methods, state, changed) {
   function cell(row, column) {
     if (column.key === "rank") return ranks(row);
     if (column.key === "seeds") return `${row.seeds}`;
+    if (column.key === "studies") return row.runs.map((run) => (w.by in run.gains ? spelled(run.gains[w.by], "gain", 3) : "failed")).join(", ");
     if (column.key === "failed") return row.failed ? `${row.failed} of ${row.failed + row.seeds}` : "0";
     if (column.key.startsWith("to:")) return reachedCell(row.reached[column.key.slice(3)]);
     if (row.broken[column.key]) return h("span", { class: "none" }, `not finite in ${row.broken[column.key]}`);
