@@ -257,6 +257,10 @@ def _default_sampler(needs: frozenset[str]) -> dict[str, Any]:
 
 
 def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> Any:
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, int) and abs(value) > LARGEST_SEED:
+            full = f"{section}.{name}".lstrip(".")
+            raise UsageError(f"setting '{full}' = {shortened(value, 40)}: no number of anything is so large")
     try:
         return model.model_validate(values)
     except ValidationError as error:

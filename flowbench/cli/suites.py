@@ -10,6 +10,7 @@ import typer
 
 from flowbench.cli.options import (
     LARGEST_SEED,
+    MOST,
     MOST_SEEDS,
     DeviceOption,
     ModelOption,
@@ -32,10 +33,14 @@ app = typer.Typer(no_args_is_help=True, help="Workloads x algorithms x seeds fro
 SuiteArgument = Annotated[str, typer.Argument(metavar="SUITE", help="A built-in suite's name, or a YAML file.")]
 ExecutorOption = Annotated[str, typer.Option(help="local, ray or slurm.")]
 JobsOption = Annotated[
-    int | None, typer.Option(min=1, help="Runs at a time; default 1, elsewhere what there is room for.")
+    int | None, typer.Option(min=1, max=MOST, help="Runs at a time; default 1, elsewhere what there is room for.")
 ]
-CoresOption = Annotated[int, typer.Option(min=1, help="Cores of each run; other numbers may round otherwise.")]
-GpusOption = Annotated[int | None, typer.Option(min=0, help="GPUs of each run; default: 1 where it uses one.")]
+CoresOption = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Cores of each run; other numbers may round otherwise.")
+]
+GpusOption = Annotated[
+    int | None, typer.Option(min=0, max=MOST, help="GPUs of each run; default: 1 where it uses one.")
+]
 SlurmOption = Annotated[
     list[str], typer.Option("--slurm", metavar="KEY=VALUE", help="Option of Slurm, as submitit names it; repeatable.")
 ]
@@ -124,6 +129,8 @@ def compare(
 
     names = [name.strip() for name in rewards.split(",") if name.strip()]
     numbers = range(first_seed, first_seed + seeds)
+    if numbers[-1] > LARGEST_SEED:
+        raise UsageError(f"--first-seed {first_seed} leaves no room for {seeds} seeds; the largest is {LARGEST_SEED}")
     cells = plan_comparison(
         *(algorithms, names, numbers, model, images, given),
         device=device,

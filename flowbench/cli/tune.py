@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption, PluginOption, new_folder
+from flowbench.cli.options import MOST, DeviceOption, PluginOption, new_folder
 from flowbench.errors import UsageError
 from flowbench.experiments.defaults import DEVICE, OUTPUT, SEARCHES, WORKLOAD
 
@@ -20,15 +20,21 @@ def tune(
     trials: Annotated[
         int | None, typer.Option(min=1, max=MOST_TRIALS, help="Of a study; by the rules 20, or 5.")
     ] = None,
-    studies: Annotated[int, typer.Option(min=1, help="Independent ones; more than one is ruleset 'tuned'.")] = 1,
-    finalists: Annotated[int | None, typer.Option(min=0, help="Trials that run again; by the rules 3.")] = None,
-    more_seeds: Annotated[int | None, typer.Option(min=0, help="With so many more seeds; by the rules 2.")] = None,
+    studies: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Independent ones; more than one is ruleset 'tuned'.")
+    ] = 1,
+    finalists: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="Trials that run again; by the rules 3.")
+    ] = None,
+    more_seeds: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="With so many more seeds; by the rules 2.")
+    ] = None,
     sampler: Annotated[str, typer.Option(help="qmc, a scrambled Sobol sequence; tpe is outside the rules.")] = "qmc",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the scramble.")] = 0,
     settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override for every trial.")] = [],  # noqa: B006
     device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST, help="Runs at a time, each in a process of its own.")] = 1,
     runs: Annotated[Path, typer.Option(callback=new_folder, help="Folder of run folders.")] = OUTPUT,
     output: Annotated[Path, typer.Option(callback=new_folder, help="Folder of logs and choices.")] = SEARCHES,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the first runs and what they cost.")] = False,

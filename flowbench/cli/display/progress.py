@@ -30,7 +30,8 @@ def _progress(out: Console) -> Progress:
 
 
 class LiveProgress:
-    """A progress display that lives as long as its context."""
+    """A progress display that lives as long as its context, from the first that there is to show: an error before it
+    stands alone."""
 
     def __init__(self, out: Console = console) -> None:
         self.progress = _progress(out)
@@ -38,16 +39,17 @@ class LiveProgress:
         self.tenths: dict[str, int] = {}
 
     def __enter__(self) -> Any:
-        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.progress.live.is_started:
+            self.progress.stop()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Set a named bar; name and note are shown as text."""
         note = plain(note)
         if name not in self.tasks:
+            self.progress.start()
             self.tasks[name] = self.progress.add_task(plain(name), total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, total=total, note=note)
         if not self.progress.console.is_terminal:
