@@ -211,10 +211,11 @@ def load_record(path: Path) -> Record:
     try:
         content = path.read_bytes()
         if is_published(content):
+            record = Record.model_validate(whole(content, path))
             check_published(content, path)
-            return Record.model_validate(whole(content, path))
-        record = Record.model_validate_json(content)
-        _check_whole(content, path)
+        else:
+            record = Record.model_validate_json(content)
+            _check_whole(content, path)
         return record
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

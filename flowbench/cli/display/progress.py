@@ -37,19 +37,22 @@ class LiveProgress:
         self.progress = _progress(out)
         self.tasks: dict[str, Any] = {}
         self.tenths: dict[str, int] = {}
+        self.live = False  # within its context
 
     def __enter__(self) -> Any:
+        self.live = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress.live.is_started:
+        if self.tasks:
             self.progress.stop()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Set a named bar; name and note are shown as text."""
         note = plain(note)
         if name not in self.tasks:
-            self.progress.start()
+            if self.live:
+                self.progress.start()
             self.tasks[name] = self.progress.add_task(plain(name), total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, total=total, note=note)
         if not self.progress.console.is_terminal:
