@@ -116,7 +116,7 @@ def serve(
     ] = 256,
     megapixels: Annotated[
         int, typer.Option("--max-megapixels", min=1, max=MOST, help="Of all images of a request.")
-    ] = 16,
+    ] = 8,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """Serve a reward over HTTP to whoever knows the token: FLOWBENCH_REWARD_TOKEN, or a random one that is printed."""

@@ -42,7 +42,7 @@ class Limits:
     """
 
     body: int = 256 * 2**20
-    pixels: int = 16 * 2**20
+    pixels: int = 8 * 2**20
     idle: float = 60.0
     transfer: float = 120.0
     connections: int = 64
