@@ -39,6 +39,19 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     return values
 
 
+def with_budget(settings: Mapping[str, Any], images: int | None) -> dict[str, Any]:
+    """The settings with `--images`, where it is given.
+
+    Raises UsageError where both say a budget, and not the same.
+    """
+    if images is None:
+        return dict(settings)
+    said = settings.get("training.images", images)
+    if said != images:
+        raise UsageError(f"--images is {images} and training.images {shortened(said, 40)}; leave one of them out")
+    return {**settings, "training.images": images}
+
+
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-4 as text; users mean the number."""
     if isinstance(value, str):

@@ -37,7 +37,7 @@ def ablate(
     from flowbench.cli.display import studies as display
     from flowbench.config import resolve_config
     from flowbench.registry import load_plugin_file
-    from flowbench.settings import parse_assignments
+    from flowbench.settings import parse_assignments, with_budget
 
     if format_ not in ("terminal", "markdown", "csv"):
         raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
@@ -45,7 +45,7 @@ def ablate(
         raise UsageError("--table writes a file; add --format markdown or --format csv")
     for file in plugin:
         load_plugin_file(file)
-    overrides = {**parse_assignments(settings), **({"training.images": images} if images else {})}
+    overrides = with_budget(parse_assignments(settings), images)
     resolve_config(algorithm, reward, model, overrides=overrides)  # a misspelling is answered before torch is imported
 
     from flowbench.experiments.ablation import all_jobs, plan, rows, to_csv, to_markdown

@@ -234,7 +234,8 @@ def _values(command: str, parameter: Any) -> Iterator[tuple[str, str]]:
         return
     yield "empty", ""
     if parameter.name == "settings":
-        yield from _settings()
+        # A bench and a probe read no split.
+        yield from (case for case in _settings() if command not in ("bench", "probe") or "splits=[nope]" not in case[1])
         return
     yield from STRANGE.items()
     yield "absent", "nope"
