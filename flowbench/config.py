@@ -163,8 +163,8 @@ def resolve_config(
     terms = parse_reward(reward)
     given = _by_section(overrides)
     # What is misspelt here is answered before the algorithm's module, and with it torch, is imported.
-    _validate(TrainingConfig, "training", given["training"])
-    _validate(EvaluationConfig, "evaluation", given["evaluation"])
+    validated(TrainingConfig, "training", given["training"])
+    validated(EvaluationConfig, "evaluation", given["evaluation"])
     cls = algorithms.get(algorithm).cls
     own, changed = _brought(cls, preset), preset.settings(algorithm)
     model_training = {**preset.training, **_default_sampler(info.needs)}
@@ -173,7 +173,7 @@ def resolve_config(
         "evaluation": {**preset.evaluation, **given["evaluation"]},
         "algorithm": {**own.algorithm, **changed["algorithm"], **given["algorithm"]},
     }
-    evaluation: EvaluationConfig = _validate(EvaluationConfig, "evaluation", sections["evaluation"])
+    evaluation: EvaluationConfig = validated(EvaluationConfig, "evaluation", sections["evaluation"])
     chosen = choose_prompts(prompts, preset.prompts, evaluation.splits, "evaluation.splits" in overrides)
     values = {
         "algorithm": algorithm,
@@ -181,13 +181,13 @@ def resolve_config(
         "model": model,
         "seed": seed,
         "device": device,
-        "training": _validate(TrainingConfig, "training", sections["training"]),
+        "training": validated(TrainingConfig, "training", sections["training"]),
         "evaluation": evaluation.model_copy(update={"splits": chosen.splits}),
         "prompts": chosen.prompt_set,
         "prompts_hash": chosen.content_hash,
-        "hyperparameters": _validate(cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
+        "hyperparameters": validated(cls.Config, "algorithm", sections["algorithm"]).model_dump(mode="json"),
     }
-    config: RunConfig = _validate(RunConfig, "", values)
+    config: RunConfig = validated(RunConfig, "", values)
     check_domain(config, preset, combined_info(terms).domain)
     check_needs(info.needs, config, [t.name for t in terms if not combined_info((t,)).differentiable])
     check_window(config, preset)
@@ -216,8 +216,8 @@ def _by_section(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def check_settings(cls: type[Algorithm[Any]], training: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:
     """Raise UsageError for a setting that the loop or the algorithm does not know, or a value that it does not take."""
-    _validate(TrainingConfig, "training", dict(training))
-    _validate(cls.Config, "algorithm", dict(algorithm))
+    validated(TrainingConfig, "training", dict(training))
+    validated(cls.Config, "algorithm", dict(algorithm))
 
 
 def _brought(cls: type[Algorithm[Any]], preset: ModelPreset) -> Defaults:
@@ -241,7 +241,7 @@ def evaluation_config(preset: ModelPreset, overrides: dict[str, Any], reward: st
     Raises UsageError for an unknown key, a wrong type or range, or a judge that is unknown or the reward itself.
     """
     given = {key.removeprefix("evaluation."): value for key, value in overrides.items()}
-    config: EvaluationConfig = _validate(EvaluationConfig, "evaluation", {**preset.evaluation, **given})
+    config: EvaluationConfig = validated(EvaluationConfig, "evaluation", {**preset.evaluation, **given})
     check_judges(config, reward)
     _check_kept(config, preset)
     return config
@@ -256,7 +256,15 @@ def _default_sampler(needs: frozenset[str]) -> dict[str, Any]:
     return {"sampler": "flow-sde"} if "log_prob" in needs else {}
 
 
-def _validate(model: type[BaseModel], section: str, values: dict[str, Any]) -> Any:
+def validated(model: type[BaseModel], section: str, values: dict[str, Any]) -> Any:
+    """A section's settings, by full names in what is said of them.
+
+    Raises UsageError that names the first that is unknown or has a value that it does not take.
+    """
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, int) and abs(value) > LARGEST_SEED:
+            full = f"{section}.{name}".lstrip(".")
+            raise UsageError(f"setting '{full}' = {shortened(value, 40)}: no number of anything is so large")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -277,7 +285,7 @@ def load_run_config(path: Path) -> tuple[RunConfig, ModelPreset]:
     Raises UsageError for a file that is no run's configuration.
     """
     try:
-        config: RunConfig = _validate(RunConfig, "", read_yaml(path))
+        config: RunConfig = validated(RunConfig, "", read_yaml(path))
     except (DocumentError, UsageError) as error:
         raise UsageError(f"'{path}' is no configuration of a run: {error}") from error
     copy = path.with_name(PRESET)

@@ -21,10 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json  # json.loads would end in a RecursionError
 
 from flowbench.errors import UsageError
+from flowbench.reading.checksums import read_sums
 
 FORMAT = 1
 LARGEST = 25_000  # bytes of a published record
 BASE = "base-{}.json"
+MANIFEST = "MANIFEST"  # the SHA-256 of each published file, as `sha256sum --check` reads it
 _BASE_NAME = re.compile(r"base-[0-9a-f]{16}\.json")
 
 # What `load_record` looks at: the first keys of a published record are these, in this order.
@@ -99,6 +101,14 @@ def _shortened(record: Document, digits: int) -> tuple[Document, Base | None]:
     return {**document, "per_prompt": tuned}, base
 
 
+def check_published(content: bytes, path: Path) -> None:
+    """Raise UsageError for a published record at `path` that is another than the manifest above it says."""
+    for folder in path.parents[1:4]:
+        listed = read_sums(folder / MANIFEST).get(path.relative_to(folder).as_posix())
+        if listed is not None and listed != hashlib.sha256(content).hexdigest():
+            raise UsageError(f"'{path}' was changed after it was published; restore it")
+
+
 def is_published(content: bytes) -> bool:
     """Whether a file's content is a record in the published form."""
     return _BEGINNING.match(content[:4096]) is not None
@@ -153,7 +163,7 @@ def _load_base(path: Path, name: object) -> Base:
         raise UsageError(f"'{path}' needs '{place}', which cannot be read: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
         raise UsageError(f"'{place}' is not the base of published records; restore it") from error
-    if base.file != name:
+    if BASE.format(hashlib.sha256(text.encode()).hexdigest()[:16]) != name:
         raise UsageError(f"'{place}' was changed after it was published; restore it")
     return base
 

@@ -17,12 +17,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowbench.errors import UsageError
 from flowbench.files import read_json_lines, write_atomically
-from flowbench.published import is_published, whole
+from flowbench.published import check_published, is_published, whole
+from flowbench.reading.checksums import check_listed
 
 VERSION = 2  # of what a record holds; records without a version are of version 1
 RANDOM = " (random)"  # behind the name of a model whose weights are random: never part of a comparison
 MODEL = "model"  # among the names of a record's weights
 PRESET, OWN = "preset", "flowbench"  # a source that is data and in the settings' hash; the distribution of flowbench
+DONE = "DONE"  # the mark of a finished run, which has the checksums of its other texts
+CHECKSUM = "checksum"  # the last entry of a record's file
+_SUM = re.compile(r"[0-9a-f]{64}")
 PACKAGES = ("flowbench", "torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy", "scipy")
 
 
@@ -187,8 +191,9 @@ class Record(_Part):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
     def save(self, path: Path) -> None:
-        """Write the record, to a temporary name first."""
-        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+        """Write the record, to a temporary name first, with a checksum as its last entry."""
+        text = self.model_dump_json(indent=1)
+        write_atomically(path, f'{text[:-2]},\n "{CHECKSUM}": "{_checksum(_document(text))}"\n}}\n')
 
 
 def weight_hashes(provenance: Mapping[str, Any]) -> set[str]:
@@ -200,13 +205,18 @@ def weight_hashes(provenance: Mapping[str, Any]) -> set[str]:
 def load_record(path: Path) -> Record:
     """Read a record, as a run leaves it or as it was published.
 
-    Raises UsageError for a file that is none.
+    Raises UsageError for a file that is none, or that is not as it was written: whose content is not that of its
+    checksum, which records of flowbench 0.1 do not have, or that of the manifest of published records.
     """
     try:
         content = path.read_bytes()
         if is_published(content):
-            return Record.model_validate(whole(content, path))
-        return Record.model_validate_json(content)
+            record = Record.model_validate(whole(content, path))
+            check_published(content, path)
+        else:
+            record = Record.model_validate_json(content)
+            _check_whole(content, path)
+        return record
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -214,6 +224,29 @@ def load_record(path: Path) -> Record:
         raise UsageError(f"'{path}' is not a flowbench record: {what}") from error
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
+def _document(text: str | bytes) -> dict[str, Any]:
+    """A record's JSON with its numbers as they are spelled."""
+    found: dict[str, Any] = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
+    return found
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _check_whole(content: bytes, path: Path) -> None:
+    """Raise UsageError for a record whose content is not that of its checksum."""
+    try:
+        document = _document(content)
+    except RecursionError as error:
+        raise UsageError(f"'{path}' is not a flowbench record: it is nested too deep") from error
+    foreign = {name: value for name, value in document.items() if name not in Record.model_fields}
+    # Under a name that is damaged, too.
+    sums = [name for name, value in foreign.items() if name == CHECKSUM or _SUM.fullmatch(str(value))]
+    if sums and (sums != [CHECKSUM] or document.pop(CHECKSUM) != _checksum(document)):
+        raise UsageError(f"'{path}' is damaged: its content is not that of its checksum; restore it, or run it again")
 
 
 @dataclass(frozen=True)
@@ -300,6 +333,7 @@ def code_commit() -> str | None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; one that a killed process did not finish is none.
 
-    Raises UsageError for a file that is damaged.
+    Raises UsageError for a file that is damaged, or of a finished run and not as it was at its end.
     """
+    check_listed(path, path.with_name(DONE))
     return read_json_lines(path)

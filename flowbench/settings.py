@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowbench.config import SECTIONS
+from flowbench.config import SECTIONS, validated
 from flowbench.errors import UsageError, did_you_mean, shortened
 from flowbench.prompts import locate
 from flowbench.reading.documents import DocumentError, parse_yaml, read_yaml
+from flowbench.sections import TrainingConfig
 
 
 def full_names(changed: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +38,17 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
                 "special characters in quotes"
             ) from error
     return values
+
+
+def with_budget(settings: Mapping[str, Any], images: int | None) -> dict[str, Any]:
+    """The settings with `--images`, where it is given, in the place of what they say of it.
+
+    Raises UsageError where that is no budget: it would be passed over.
+    """
+    if images is None:
+        return dict(settings)
+    validated(TrainingConfig, "training", {"images": settings.get("training.images", images)})
+    return {**settings, "training.images": images}
 
 
 def _number(value: Any) -> Any:

@@ -41,7 +41,7 @@ TINY = {
     "evaluation.images_per_prompt": 2,
     "evaluation.points": 2,
 }
-TIMINGS = {"seconds", "timings", "evaluation_seconds", "overhead", "peak_memory_mb", "finished", "command"}
+TIMINGS = {"seconds", "timings", "evaluation_seconds", "overhead", "peak_memory_mb", "finished", "command", "checksum"}
 Main = Callable[..., int]
 
 

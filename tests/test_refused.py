@@ -72,7 +72,7 @@ RUN = ("run", "nft", "--dry-run")
         (("testbed", "show", "--output", "empty"), "--output 'empty' is a folder"),
         (("testbed", "build", "--work", "file/x"), "'file' is no folder"),
         (("rewards", "parity", "hpsv2", "--output", "empty"), "--output 'empty' is a folder"),
-        (("rewards", "serve", "jpeg", "--host", ""), "--host is empty"),
+        (("rewards", "serve", "jpeg", "--host", ""), "an empty word stands behind '--host'"),
         (("suite", "run", "list.yaml"), "list.yaml"),
     ],
 )

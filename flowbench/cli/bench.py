@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import DeviceOption, JsonOption, PluginOption, RandomInitOption, SettingsOption
+from flowbench.cli.options import MOST, DeviceOption, JsonOption, PluginOption, RandomInitOption, SettingsOption
 from flowbench.experiments.defaults import DEVICE, MODEL, REWARD
 
 
@@ -16,8 +16,10 @@ def bench(
     model: Annotated[str, typer.Option(help="Model preset or preset file.")] = MODEL,
     algorithm: Annotated[str, typer.Option(help="Whose update is timed.")] = "acflow",
     reward: Annotated[str, typer.Option(help="Reward that scores.")] = REWARD,
-    images: Annotated[int, typer.Option(min=4, help="Images at a time, a multiple of 4.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each part is timed; medians are shown.")] = 5,
+    images: Annotated[int, typer.Option(min=4, max=MOST, help="Images at a time, a multiple of 4.")] = 32,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Times that each part is timed; medians are shown.")
+    ] = 5,
     compare: Annotated[str | None, typer.Option(help="Also time this: plain-diffusers.")] = None,
     random_init: RandomInitOption = False,
     json_: JsonOption = None,

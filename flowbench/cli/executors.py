@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flowbench.cli.options import MOST
 from flowbench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
 
 ExecutorOption = Annotated[str, typer.Option(help="local, ray or slurm.")]
 JobsOption = Annotated[
-    int | None, typer.Option(min=1, help="Runs at a time; default 1, elsewhere what there is room for.")
+    int | None, typer.Option(min=1, max=MOST, help="Runs at a time; default 1, elsewhere what there is room for.")
 ]
-CoresOption = Annotated[int, typer.Option(min=1, help="Cores of each run; other numbers may round otherwise.")]
-GpusOption = Annotated[int | None, typer.Option(min=0, help="GPUs of each run; default: 1 where it uses one.")]
+CoresOption = Annotated[
+    int, typer.Option(min=1, max=MOST, help="Cores of each run; other numbers may round otherwise.")
+]
+GpusOption = Annotated[
+    int | None, typer.Option(min=0, max=MOST, help="GPUs of each run; default: 1 where it uses one.")
+]
 SlurmOption = Annotated[
     list[str], typer.Option("--slurm", metavar="KEY=VALUE", help="Option of Slurm, as submitit names it; repeatable.")
 ]

@@ -28,6 +28,7 @@ from flowbench.cli import testbed as cli_testbed
 from flowbench.cli import tune as cli_tune
 from flowbench.cli.options import (
     LARGEST_SEED,
+    MOST,
     DeviceOption,
     JsonOption,
     KeepImagesOption,
@@ -60,6 +61,7 @@ from flowbench.launch import check_alone, is_main
 from flowbench.training.interrupt import ended_by_signals
 
 INTERRUPTED, SIGNALLED = 130, 128  # exit statuses as shells have them: after Ctrl-C, and what a signal's number adds to
+LONGEST_LINE = 900  # characters of an error line
 
 app = typer.Typer(
     add_completion=False,
@@ -87,7 +89,7 @@ def run(
     output: OutputOption = OUTPUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the same run is.")] = False,
-    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep; default: the last.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, max=MOST, help="Checkpoints to keep; default: the last.")] = None,
     track: TrackOption = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and its cost.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="With --dry-run: also compute memory and time.")] = False,
@@ -157,7 +159,7 @@ def evaluate(
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="RUN", exists=True, help="Run folder.")],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    images: Annotated[int, typer.Option(min=1, help="Images per model.")] = 4,
+    images: Annotated[int, typer.Option(min=1, max=MOST, help="Images per model.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise.")] = 0,
     device: DeviceOption = DEVICE,
     output: Annotated[Path | None, typer.Option(help="PNG, or the folder for it; default: the run's samples.")] = None,
@@ -244,6 +246,7 @@ def main() -> None:
     try:
         if not is_main():
             logging.getLogger("flowbench").setLevel(logging.ERROR)  # main warns
+        _refuse_empty(arguments)
         with ended_by_signals():
             code = typer.main.get_command(app)(args=arguments, prog_name="flowbench", standalone_mode=False)
         if code == INTERRUPTED:  # typer's way to pass on a Ctrl-C
@@ -256,7 +259,7 @@ def main() -> None:
         message, status = _explain(error)
         message += _notes(error)
         if is_main() or not isinstance(error, (UsageError, RunInterruptedError, PeerError)):  # else main says it
-            print(f"flowbench: {plain(message)}", file=sys.stderr)
+            print(f"flowbench: {_cut(plain(message))}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         print("flowbench: interrupted", file=sys.stderr)
@@ -265,6 +268,20 @@ def main() -> None:
         print("flowbench: terminated", file=sys.stderr)
         sys.exit(SIGNALLED + error.signal)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Raise UsageError for an empty word: a shell's variable without a value, which would stand for a default."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word and (before.startswith("--") or words[0] != "sample"):  # an empty prompt is one
+            raise UsageError(f"an empty word stands behind '{before or 'flowbench'}'; give a value, or leave it out")
+        if word.startswith("--") and word.endswith("=") and word.count("=") == 1:
+            raise UsageError(f"nothing stands behind '{word}'; give a value, or leave it out")
+
+
+def _cut(line: str) -> str:
+    """A line as long as people read one: what is left out of foreign text is its middle, the remedy stays."""
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
 def _nobody_reads(error: SystemExit) -> bool:

@@ -9,6 +9,7 @@ import typer
 
 LARGEST_SEED = 2**63 - 1  # what torch takes
 MOST_SEEDS = 1000  # of one study
+MOST = 1_000_000  # of whatever else is counted: more is a slip of the keyboard
 
 
 def new_file(context: typer.Context, parameter: typer.CallbackParam, value: Path | None) -> Path | None:

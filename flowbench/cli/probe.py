@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flowbench.cli.options import LARGEST_SEED, DeviceOption, PluginOption, SettingsOption, new_file
-from flowbench.errors import UsageError
+from flowbench.cli.options import LARGEST_SEED, MOST, DeviceOption, PluginOption, SettingsOption, new_file
+from flowbench.errors import UsageError, shortened
 from flowbench.experiments.defaults import DEVICE, MODEL, REWARD
 
 
@@ -20,9 +20,11 @@ def probe(
     reward: Annotated[str | None, typer.Option(help=f"A differentiable reward; default {REWARD}.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Model preset or preset file; default {MODEL}.")] = None,
     run: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Start from this run's weights.")] = None,
-    images: Annotated[int, typer.Option(min=16, help="Images of the true gradient.")] = 8192,
-    batches: Annotated[int, typer.Option(min=3, help="Batches of each algorithm.")] = 12,
-    warmup: Annotated[int, typer.Option(min=0, help="Iterations before, for the algorithm's own networks alone.")] = 0,
+    images: Annotated[int, typer.Option(min=16, max=MOST, help="Images of the true gradient.")] = 8192,
+    batches: Annotated[int, typer.Option(min=3, max=MOST, help="Batches of each algorithm.")] = 12,
+    warmup: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Iterations before, for the algorithm's own networks alone.")
+    ] = 0,
     sampler: Annotated[str, typer.Option(help="True gradient through the 'evaluation' or the 'own' sampler.")] = (
         "evaluation"
     ),
@@ -41,6 +43,8 @@ def probe(
 
     _one_of("--format", format_, ("terminal", "markdown"))
     _one_of("--sampler", sampler, ("evaluation", "own"))
+    if everything and names:
+        raise UsageError(f"--all stands for every name, and {shortened(names[0])} is given too; leave one out")
     for file in plugin:
         load_plugin_file(file)
     chosen = algorithms.names() if everything else names

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import LARGEST_SEED, DeviceOption, new_file, say
+from flowbench.cli.options import LARGEST_SEED, MOST, DeviceOption, new_file, say
 from flowbench.experiments.defaults import DEVICE, MODEL
 
 app = typer.Typer(
@@ -88,7 +88,7 @@ def parity(
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of BERT's tokenizer; for imagereward.")] = None,
     version: Annotated[str | None, typer.Option(help="Version of the weights; for hpsv2.")] = None,
     reduced: Annotated[bool, typer.Option("--reduced", help="Random weights of small networks: seconds.")] = False,
-    images: Annotated[int, typer.Option(min=2, help="Images per size.")] = 2,
+    images: Annotated[int, typer.Option(min=2, max=MOST, help="Images per size.")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of random weights and images.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     output: Annotated[Path | None, typer.Option(callback=new_file, help="Write the table there, in Markdown.")] = None,
@@ -111,8 +111,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     device: DeviceOption = DEVICE,
-    megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request that is accepted.")] = 256,
-    megapixels: Annotated[int, typer.Option("--max-megapixels", min=1, help="Of all images of a request.")] = 16,
+    megabytes: Annotated[
+        int, typer.Option("--max-megabytes", min=1, max=MOST, help="Largest request that is accepted.")
+    ] = 256,
+    megapixels: Annotated[
+        int, typer.Option("--max-megapixels", min=1, max=MOST, help="Of all images of a request.")
+    ] = 8,
     plugin: PluginOption = [],  # noqa: B006
 ) -> None:
     """Serve a reward over HTTP to whoever knows the token: FLOWBENCH_REWARD_TOKEN, or a random one that is printed."""

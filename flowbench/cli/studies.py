@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import MOST_SEEDS, DeviceOption, ModelOption, OutputOption, PluginOption, new_file
-from flowbench.errors import UsageError
+from flowbench.cli.options import MOST, MOST_SEEDS, DeviceOption, ModelOption, OutputOption, PluginOption, new_file
+from flowbench.errors import UsageError, shortened
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD
 
 
@@ -22,7 +22,7 @@ def ablate(
     settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override for every variant.")] = [],  # noqa: B006
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST, help="Runs at a time, each in a process of its own.")] = 1,
     split: Annotated[str, typer.Option(help="Prompt split to compare on.")] = "test",
     format_: Annotated[str, typer.Option("--format", help="terminal, markdown or csv.")] = "terminal",
     table: Annotated[
@@ -37,7 +37,7 @@ def ablate(
     from flowbench.cli.display import studies as display
     from flowbench.config import resolve_config
     from flowbench.registry import load_plugin_file
-    from flowbench.settings import parse_assignments
+    from flowbench.settings import parse_assignments, with_budget
 
     if format_ not in ("terminal", "markdown", "csv"):
         raise UsageError(f"unknown format '{format_}'; use terminal, markdown or csv")
@@ -45,7 +45,7 @@ def ablate(
         raise UsageError("--table writes a file; add --format markdown or --format csv")
     for file in plugin:
         load_plugin_file(file)
-    overrides = {**parse_assignments(settings), **({"training.images": images} if images else {})}
+    overrides = with_budget(parse_assignments(settings), images)
     resolve_config(algorithm, reward, model, overrides=overrides)  # a misspelling is answered before torch is imported
 
     from flowbench.experiments.ablation import all_jobs, plan, rows, to_csv, to_markdown
@@ -90,6 +90,8 @@ def check(
     from flowbench.conformance import check as try_claims
     from flowbench.registry import algorithms, load_plugin_file, rewards
 
+    if everything and names:
+        raise UsageError(f"--all stands for every name, and {shortened(names[0])} is given too; leave one out")
     before = {*algorithms.loaded, *rewards.loaded}
     for file in plugin:
         load_plugin_file(file)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flowbench.cli.options import PluginOption
-from flowbench.errors import RunError
+from flowbench.errors import RunError, UsageError
 from flowbench.experiments.defaults import RESULTS
 
 
@@ -26,6 +26,8 @@ def submit(
     from flowbench.experiments.submission import submit as hand_in
     from flowbench.registry import load_plugin_file
 
+    if ablation and rehearsal:
+        raise UsageError("--ablation and --rehearsal ask for runs of two kinds; use one of them at a time")
     for file in plugin:
         load_plugin_file(file)
     result = hand_in(places, to, rehearsal=rehearsal, ablation=ablation, write=not check)

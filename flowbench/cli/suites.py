@@ -27,7 +27,7 @@ from flowbench.cli.options import (
     PromptsOption,
     SettingsOption,
 )
-from flowbench.errors import RunError
+from flowbench.errors import RunError, UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD, SEARCHES
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ def compare(
 
     names = [name.strip() for name in rewards.split(",") if name.strip()]
     numbers = range(first_seed, first_seed + seeds)
+    if numbers[-1] > LARGEST_SEED:
+        raise UsageError(f"--first-seed {first_seed} leaves no room for {seeds} seeds; the largest is {LARGEST_SEED}")
     cells = plan_comparison(
         *(algorithms, names, numbers, model, images, given),
         device=device,

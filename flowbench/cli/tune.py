@@ -15,7 +15,7 @@ from flowbench.cli.executors import (
     SlurmOption,
     chosen_executor,
 )
-from flowbench.cli.options import DeviceOption, PluginOption, new_folder
+from flowbench.cli.options import MOST, DeviceOption, PluginOption, new_folder
 from flowbench.experiments.defaults import DEVICE, OUTPUT, SEARCHES, WORKLOAD
 
 MOST_TRIALS = 10_000
@@ -27,9 +27,15 @@ def tune(
     trials: Annotated[
         int | None, typer.Option(min=1, max=MOST_TRIALS, help="Of a study; by the rules 20, or 5.")
     ] = None,
-    studies: Annotated[int, typer.Option(min=1, help="Independent ones; more than one is ruleset 'tuned'.")] = 1,
-    finalists: Annotated[int | None, typer.Option(min=0, help="Trials that run again; by the rules 3.")] = None,
-    more_seeds: Annotated[int | None, typer.Option(min=0, help="With so many more seeds; by the rules 2.")] = None,
+    studies: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Independent ones; more than one is ruleset 'tuned'.")
+    ] = 1,
+    finalists: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="Trials that run again; by the rules 3.")
+    ] = None,
+    more_seeds: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="With so many more seeds; by the rules 2.")
+    ] = None,
     sampler: Annotated[str, typer.Option(help="qmc, a scrambled Sobol sequence; tpe is outside the rules.")] = "qmc",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the scramble.")] = 0,
     settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override for every trial.")] = [],  # noqa: B006

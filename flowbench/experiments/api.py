@@ -57,7 +57,7 @@ def resolve(
     from flowbench.config import resolve_config
     from flowbench.record import RANDOM
     from flowbench.requirements import warn_of_warmup
-    from flowbench.settings import read_config_file
+    from flowbench.settings import read_config_file, with_budget
 
     _load(plugins)
     given = read_config_file(Path(config)) if config else {}
@@ -67,7 +67,6 @@ def resolve(
             "take out its algorithm and hyperparameters, or name that algorithm"
         )
     plain = {name: given.pop(name, None) for name in ("reward", "model", "seed", "device", "prompts")}
-    budget = {} if images is None else {"training.images": images}
     named = model or plain["model"] or MODEL
     if random_init and not named.endswith(RANDOM):
         named += RANDOM
@@ -75,7 +74,7 @@ def resolve(
         algorithm,
         reward or plain["reward"] or REWARD,
         named,
-        overrides={**given, **(settings or {}), **budget},
+        overrides={**given, **with_budget(settings or {}, images)},
         seed=seed if seed is not None else plain["seed"] or 0,
         device=device if device != DEVICE else plain["device"] or DEVICE,
         prompts=prompts or plain["prompts"],

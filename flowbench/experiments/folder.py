@@ -17,12 +17,13 @@ from flowbench.files import TEMPORARY, remove_unfinished, write_atomically
 from flowbench.locks import HOLDER, LOCK, locked
 from flowbench.models.presets import load_preset
 from flowbench.names import path_name
+from flowbench.reading.checksums import check_listed, read_sums, write_sums
 from flowbench.reading.documents import DocumentError, read_yaml
-from flowbench.record import Record, load_record
+from flowbench.record import DONE, Record, load_record
 from flowbench.training.checkpoint import CHECKPOINT, EARLIER, METRICS, checkpoint_files
 from flowbench.training.points import POINTS
 
-CONFIG, RECORD, DONE = "config.yaml", "record.json", "DONE"
+CONFIG, RECORD = "config.yaml", "record.json"
 
 # All that flowbench writes into a run folder, its own trackers' files among it; "*" is any name, folders included.
 LOCKS = (LOCK, HOLDER)
@@ -31,6 +32,7 @@ WRITTEN = (
     *("curves.*", "metrics.png", "frontier.*", "samples/*.png", "images/images.csv", "images/*/*.png"),
     *("tracking-id", "tensorboard/*", "wandb/*", "dvclive/*", "swanlog/*", f"*{TEMPORARY}*"),
 )
+TEXTS = (CONFIG, PRESET, METRICS, POINTS, "prompts/*")
 # Settings in which runs of one folder may differ.
 FREE = {"device", *(f"training.{name}" for name in TrainingConfig.divides | TrainingConfig.observes)}
 FREE |= {f"evaluation.{name}" for name in EvaluationConfig.divides | EvaluationConfig.observes}
@@ -49,6 +51,18 @@ def finished_record(folder: Path) -> Record | None:
     Raises UsageError for a record that cannot be read.
     """
     return load_record(folder / RECORD) if (folder / DONE).exists() else None
+
+
+def mark_finished(folder: Path) -> None:
+    """Write the mark of a finished run, with the checksums of its texts; its record and weights have their own."""
+    texts = (path for name in TEXTS for path in folder.glob(name) if path.is_file())
+    write_sums(folder / DONE, texts)
+
+
+def check_finished(folder: Path) -> None:
+    """Raise UsageError where a text of a finished run is not as it was at its end; one that is gone is passed over."""
+    for name in (CONFIG, *read_sums(folder / DONE)):
+        check_listed(folder / name, folder / DONE)
 
 
 @contextmanager

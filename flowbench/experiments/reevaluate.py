@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from pydantic import BaseModel
 
-from flowbench.config import EvaluationConfig, RunConfig, evaluation_config, load_run_config
+from flowbench.config import EvaluationConfig, RunConfig, evaluation_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.exact_study import exact_study
 from flowbench.evaluation.images import ImageScore, has_prompts, read_gallery, score_gallery
@@ -21,7 +21,7 @@ from flowbench.evaluation.protocol import count_images, score_split
 from flowbench.experiments.defaults import MODEL
 from flowbench.experiments.inputs import kept_split
 from flowbench.experiments.kept import make_album, save_table
-from flowbench.experiments.run import CONFIG, RECORD, base_policy, load_tuned
+from flowbench.experiments.run import CONFIG, RECORD, base_policy, load_tuned, run_config
 from flowbench.files import write_atomically
 from flowbench.models.adapters import load_lora, lora_file
 from flowbench.models.devices import pick_device
@@ -31,6 +31,7 @@ from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import ALONE
 from flowbench.prompts import PromptSplit, load_split, locate, present_splits, whole_file
 from flowbench.prompts.needs import check_needs
+from flowbench.reading.checksums import SUMS, check_listed
 from flowbench.reading.tensors import TensorError, fill
 from flowbench.record import Score, load_record
 from flowbench.registry import rewards
@@ -113,7 +114,9 @@ def _evaluate_run(
     images: Path | None,
 ) -> Evaluation:
     """Base and tuned model of a run, with its own protocol and the judges of its record, or changed ones."""
-    config, preset = load_run_config(folder / CONFIG)
+    config, preset = run_config(folder)
+    if images and isinstance(preset, AnalyticPreset):
+        raise UsageError(f"model '{preset.name}' makes points and no images; leave out --keep-images")
     if overrides:
         protocol = evaluation_config(preset, {**_flat(config.evaluation), **overrides}, config.reward)
         config = config.model_copy(update={"evaluation": protocol})
@@ -129,8 +132,6 @@ def _evaluate_run(
     policy, _ = load_tuned(folder, device, evaluated_texts(splits, config.evaluation))
     reward = training_reward(config, preset, device)
     judges = build_judges(config, reward, preset, device, splits)
-    if images and isinstance(preset, AnalyticPreset):
-        raise UsageError(f"model '{preset.name}' makes points and no images; leave out --keep-images")
     protocol = config.evaluation if _one_noise(folder) else config.protocol()
     album = make_album(images, ALONE) if images else None
     scores = compare(evaluate_pairs(policy, splits, judges, protocol, progress, album))
@@ -259,6 +260,7 @@ def _load_lora(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Pol
     """A policy whose current weights are the base with the LoRA, and whose reference is the base."""
     file = lora_file(path)
     assert file is not None
+    check_listed(file, file.with_name(SUMS))
     policy = make(preset)
     load_lora(policy.pipeline, file, preset.name)
     return policy, policy
@@ -267,6 +269,8 @@ def _load_lora(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Pol
 def _load_transformer(path: Path, preset: ModelPreset, make: Make) -> tuple[Policy, Policy]:
     """A policy whose current weights are the folder's transformer, and whose reference is the base."""
     folder = path if (path / "config.json").is_file() else path / "transformer"
+    for file in folder.glob("*"):  # of a run's own weights it is known what they were
+        check_listed(file, folder.parent / SUMS)
     policy = make(preset)
     try:
         other = load_network(type(policy.transformer), folder, policy.model_dtype)

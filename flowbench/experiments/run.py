@@ -22,7 +22,7 @@ from flowbench.evaluation.judges import build_judges, training_reward
 from flowbench.evaluation.lengths import cut_prompts
 from flowbench.evaluation.pairs import Pair, compare, evaluate_pairs, evaluated_texts
 from flowbench.evaluation.protocol import guidance_scales
-from flowbench.experiments.folder import CONFIG, DONE, RECORD, finished_record, occupied
+from flowbench.experiments.folder import CONFIG, RECORD, check_finished, finished_record, mark_finished, occupied
 from flowbench.experiments.inputs import keep_inputs
 from flowbench.experiments.kept import IMAGES, make_album, save_table
 from flowbench.experiments.outcome import NO_WAY, Evaluated, Way, costs_of, make_record
@@ -36,6 +36,7 @@ from flowbench.models.policy import Policy, Tuning
 from flowbench.models.presets import AnalyticPreset, ModelPreset, load_preset
 from flowbench.models.processes import Processes, started
 from flowbench.prompts import load_split, spread
+from flowbench.reading.checksums import SUMS, write_sums
 from flowbench.record import Point, Record, read_metrics
 from flowbench.registry import algorithms
 from flowbench.reporting.frontier import draw_study
@@ -240,7 +241,7 @@ def _execute(request: _Request, listener: Listener, processes: Processes, held: 
         record = make_record(config, request.plain, reward, judges, used, dev, outcome, budget, costs, way, cut)
         if processes.is_main:
             record.save(folder / RECORD)
-            write_atomically(folder / DONE, "")
+            mark_finished(folder)
     if processes.is_main:
         trainer.checkpoints.keep_only(config.training.keep_checkpoints or (0 if request.lean else 1))
         if not request.lean:
@@ -268,6 +269,7 @@ def save_tuned(policy: Policy, folder: Path, config: RunConfig) -> None:
             scale = guidance_scales(policy, config.evaluation)[""]
             arguments = policy.family.call_arguments(config.evaluation.num_steps or policy.preset.num_steps, scale)
             write_atomically(place / CALL, json.dumps(arguments, indent=1) + "\n")
+        write_sums(place / SUMS, (file for file in place.rglob("*") if file.is_file()))
 
     write_folder(folder, save)
 
@@ -295,11 +297,12 @@ def load_tuned(folder: Path, device: torch.device, texts: Sequence[Sequence[str]
 def run_config(folder: Path) -> tuple[RunConfig, ModelPreset]:
     """A run's configuration, and the preset as it was then.
 
-    Raises UsageError for a folder that holds no run.
+    Raises UsageError for a folder that holds no run, or a finished one whose texts are not as they were.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise UsageError(f"'{folder}' is no run folder (it has no {CONFIG})")
+    check_finished(folder)
     return load_run_config(path)
 
 

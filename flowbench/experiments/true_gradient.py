@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+from flowbench.caches import digest
 from flowbench.errors import RunError
 from flowbench.evaluation.exact import quadratic_form
 from flowbench.evaluation.exact_gradient import exact_gradient
@@ -135,16 +136,24 @@ def true_gradient(
 
 def read_gradient(file: Path, identity: Identity) -> TrueGradient:
     """The gradient in a file, if it is the one that `identity` describes; else RunError."""
-    with safe_open(str(file), framework="pt") as stored:
-        if json.loads(stored.metadata().get("identity", "{}")) != json.loads(identity.text()):
-            raise RunError(f"'{file}' holds the gradient of other weights or settings than its name says; delete it")
-        parts = stored.get_tensor("parts")
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            said = stored.metadata() or {}
+            parts = stored.get_tensor("parts")
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"'{file}' is damaged: {str(error).splitlines()[0]}; delete it") from error
+    if said.get("identity") != identity.text():
+        raise RunError(f"'{file}' holds the gradient of other weights or settings than its name says; delete it")
+    # Those of flowbench 0.1 have no checksum.
+    if said.keys() != {"identity"} and said.get("sha256") != digest({"parts": parts}):
+        raise RunError(f"'{file}' is damaged: its content is not that of its checksum; delete it")
     return TrueGradient(tuple(parts), identity.images, reused=True)
 
 
 def _keep(file: Path, gradient: TrueGradient, identity: Identity) -> None:
     parts = {"parts": torch.stack(gradient.parts)}
-    write_atomically(file, lambda place: save_file(parts, place, metadata={"identity": identity.text()}))
+    said = {"identity": identity.text(), "sha256": digest(parts)}
+    write_atomically(file, lambda place: save_file(parts, place, metadata=said))
 
 
 def _part(

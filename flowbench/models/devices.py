@@ -21,6 +21,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError("device 'meta' has shapes and computes nothing; use cpu, or cuda where there is a GPU")
     return device
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flowbench.caches import Cache
+from flowbench.errors import UsageError
 from flowbench.files import write_atomically
 
 SUMS = "SHA256SUMS"
 LARGE = 2**28  # bytes
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LINE = re.compile(rb"[0-9a-f]{64}  [ -~\x80-\xff]+")
 
 
 def file_sha256(path: Path) -> str:
@@ -65,8 +67,23 @@ def read_sums(path: Path) -> dict[str, str]:
     """The checksums of a file as sha256sum writes it, by the files' names; none if there is no such file."""
     if not path.is_file():
         return {}
-    pairs = (line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines() if "  " in line)
+    pairs = (line.split("  ", 1) for line in path.read_text("utf-8", "replace").splitlines() if "  " in line)
     return {name: digest for digest, name in pairs}
+
+
+def check_listed(file: Path, sums: Path) -> None:
+    """Raise UsageError for a file that is not as the checksums say which lie in its folder or in one above it.
+
+    Of a file that they do not have nothing is known; neither is where there are none.
+    """
+    if not sums.is_file():
+        return
+    lines = sums.read_bytes().splitlines()
+    if not all(_LINE.fullmatch(line) for line in lines):
+        raise UsageError(f"'{sums}' is damaged; restore it")
+    said = read_sums(sums).get(file.relative_to(sums.parent).as_posix())
+    if said is not None and file.is_file() and said != file_sha256(file):
+        raise UsageError(f"'{file}' is not as it was written (its checksum differs); restore it")
 
 
 def write_sums(path: Path, files: Iterable[Path]) -> None:

@@ -121,7 +121,9 @@ def _on_white(image: Image.Image) -> np.ndarray:
             scaled = np.where(grey == clear, np.float32(1), scaled)
         return np.repeat(scaled[..., None], 3, axis=2)
     if image.mode in PLAIN and "transparency" not in image.info and not _has_clear_palette(image):
-        return np.asarray(image.convert("RGB")).astype(np.float32) / 255
+        plain = np.asarray(image.convert("RGB")).astype(np.float32)
+        plain /= 255  # in place: a large picture is in memory once
+        return plain
     whole = image.convert("LA") if image.mode == "La" else image
     pixels = np.asarray(whole.convert("RGBA")).astype(np.float32) / 255
     colours, alpha = pixels[..., :3], pixels[..., 3:]

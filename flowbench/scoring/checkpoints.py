@@ -177,16 +177,18 @@ def load_pretrained(reward: str, kind: Any, source: str) -> Any:
     is_model = hasattr(kind, "base_model_prefix") or kind.__name__.startswith("AutoModel")
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
+        for file in sorted(Path(place).glob("*.safetensors")) if is_model else ():
+            tensors.check_dtypes(file)
         with quiet():
             loaded = kind.from_pretrained(place, **(options if is_model else {}))
+    except TensorError as error:
+        raise RunError(f"reward '{reward}': '{source}' {error}; fetch it again") from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise RunError(f"reward '{reward}' cannot load '{source}': {brief(error)}; {remedy(source)}") from error
     if not is_model:
         return loaded
     model, info = loaded
     try:
-        for file in sorted(Path(place).glob("*.safetensors")):
-            tensors.check_dtypes(file)
         tensors.check_keys(info["missing_keys"], info["unexpected_keys"])
         if names := sorted(map(str, info["mismatched_keys"])):
             raise TensorError(f"has {len(names)} weights of another shape, such as {names[0]}")

@@ -101,7 +101,8 @@ def unpack(body: bytes, pixels: int = MAX_PIXELS) -> tuple[torch.Tensor, tuple[P
             raise FormatError(f"image {i} has {_size(image)} pixels, image 0 has {_size(images[0])}")
     count = len(request.prompts)
     told = zip(request.prompts, request.categories or [""] * count, request.metadata or [{}] * count, strict=True)
-    return torch.stack(images), tuple(Prompt(text, category, metadata) for text, category, metadata in told)
+    stacked = torch.stack(images) if count > 1 else images[0][None]
+    return stacked, tuple(Prompt(text, category, metadata) for text, category, metadata in told)
 
 
 def read_scores(body: bytes, count: int) -> torch.Tensor:

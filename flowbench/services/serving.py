@@ -42,7 +42,7 @@ class Limits:
     """
 
     body: int = 256 * 2**20
-    pixels: int = 16 * 2**20
+    pixels: int = 8 * 2**20
     idle: float = 60.0
     transfer: float = 120.0
     connections: int = 64
@@ -253,7 +253,7 @@ def _check_free(address: tuple[str, int]) -> None:
     """Raise RunError for an address that cannot be listened on."""
     try:
         socket.create_server(address).close()
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # the last for what cannot be encoded as a host
         raise _unusable(address, error) from error
 
 

@@ -249,6 +249,8 @@ def answering() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
 
     yield start
     for server in listening:
+        with suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts, else its port would go on answering
         server.close()
 
 

@@ -30,24 +30,29 @@ def _progress(out: Console) -> Progress:
 
 
 class LiveProgress:
-    """A progress display that lives as long as its context."""
+    """A progress display that lives as long as its context, from the first that there is to show: an error before it
+    stands alone."""
 
     def __init__(self, out: Console = console) -> None:
         self.progress = _progress(out)
         self.tasks: dict[str, Any] = {}
         self.tenths: dict[str, int] = {}
+        self.live = False  # within its context
 
     def __enter__(self) -> Any:
-        self.progress.start()
+        self.live = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+        if self.tasks:
+            self.progress.stop()
 
     def show(self, name: str, done: int, total: int, note: str = "") -> None:
         """Set a named bar; name and note are shown as text."""
         note = plain(note)
         if name not in self.tasks:
+            if self.live:
+                self.progress.start()
             self.tasks[name] = self.progress.add_task(plain(name), total=total, note=note)
         self.progress.update(self.tasks[name], completed=done, total=total, note=note)
         if not self.progress.console.is_terminal:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +21,14 @@ from flowbench.files import write_atomically
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+    from optuna.storages.journal import JournalFileBackend
     from optuna.study import Study
 
 LOG = "journal.log"
 IDENTITY = "search"  # the study's attribute that says what it is a search of
 DIMENSIONS = 6  # of the quasi-random sequence, as many as the rules allow a space
+CRC, NONE_BEFORE = "crc", b"00000000"  # the last entry of a line of the log
+_ENTRY = re.compile(rb'(.*),"([^"]*)":"([0-9a-f]{8})"\}')
 SEED_OF_TRIAL = 7919  # apart, so that studies do not share proposals
 
 
@@ -197,14 +203,14 @@ def _scrambled_sobol(space: SearchSpace, seed: int) -> BaseSampler:
 
 def _open(path: Path | None, name: str) -> Study:
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     if path is None:
         return optuna.create_study(study_name=name, direction="maximize")
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn_line(path)
+    _check_lines(path)
     try:
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+        storage = optuna.storages.JournalStorage(_checked_file(path))
         if name in optuna.get_all_study_names(storage):
             return optuna.load_study(study_name=name, storage=storage)
         return optuna.create_study(storage=storage, study_name=name, direction="maximize")
@@ -218,6 +224,56 @@ def _drop_torn_line(path: Path) -> None:
     if content and not content.endswith(b"\n"):
         with path.open("rb+") as file:
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def _checked_file(path: Path) -> JournalFileBackend:
+    """Optuna's file, whose lines get a checksum as their last entry; Optuna itself passes over it."""
+    from optuna.storages.journal import JournalFileBackend
+
+    class CheckedFile(JournalFileBackend):
+        """Adds the checksum."""
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            """Write lines, each with a checksum over itself and all before it that have one."""
+            match = _ENTRY.fullmatch((path.read_bytes().splitlines() or [b""])[-1])
+            before, checked = match[3] if match else NONE_BEFORE, []
+            for log in logs:
+                before = _crc(json.dumps(log, separators=(",", ":")).encode(), before)
+                checked.append({**log, CRC: before.decode()})
+            super().append_logs(checked)
+
+    return CheckedFile(str(path))
+
+
+def _crc(line: bytes, before: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(line, int(before, 16))
+
+
+def _check_lines(path: Path) -> None:
+    """Raise UsageError for a line that is not as it was written, or whose neighbours are not.
+
+    Of the last line that is gone nothing is known: its run is made again, or found where it lies. Logs that flowbench
+    0.1 began have no checksums in their first lines.
+    """
+    before = None
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
+        match = _ENTRY.fullmatch(line)
+        # Under a name that is damaged, too.
+        if before is not None or match is not None or f'"{CRC}":'.encode() in line[-20:]:
+            expected = _crc(match[1] + b"}", before or NONE_BEFORE) if match else None
+            whole = match is not None and (match[2], match[3]) == (CRC.encode(), expected)
+            before = expected
+        else:
+            whole = _is_json(line)
+        if not whole:
+            raise UsageError(f"line {number} of '{path}' is damaged; restore it, use another --output, or delete it")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _key(number: int) -> str:

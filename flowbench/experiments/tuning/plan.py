@@ -18,6 +18,7 @@ from flowbench.experiments.rules import (
     TRIALS_OF_STUDY,
 )
 from flowbench.experiments.suite import FREE
+from flowbench.experiments.tuning.dev import DEV_ALONE
 from flowbench.workloads import Workload
 
 SamplerName: TypeAlias = Literal["qmc", "tpe"]
@@ -46,6 +47,8 @@ class SearchPlan:
     def __post_init__(self) -> None:
         if min(self.trials, self.studies) < 1 or min(self.finalists, self.more_seeds, self.seed) < 0:
             raise UsageError("a search needs one trial and one study or more, and no number below zero")
+        if own := sorted(DEV_ALONE.keys() & self.settings.keys()):
+            raise UsageError(f"a search sets '{own[0]}' itself, since it sees split dev alone; leave it out of --set")
         if self.more_seeds >= STUDY_SEEDS:
             raise UsageError(f"--more-seeds is {self.more_seeds}; a study has {STUDY_SEEDS} seeds, use fewer")
 

@@ -20,6 +20,7 @@ from flowbench.experiments.tuning.journal import Attempt, Trial
 from flowbench.experiments.tuning.plan import QMC, SearchPlan
 from flowbench.experiments.tuning.search import Places, Request, Search, attempt_of, check_dev, study_folder
 from flowbench.locks import locked
+from flowbench.models.devices import pick_device
 from flowbench.registry import algorithms
 
 logger = logging.getLogger("flowbench")
@@ -57,6 +58,7 @@ def tune(
     if len(set(names)) < len(names):
         raise UsageError("an algorithm is named twice; name each once")
     check_dev(plan.workload)
+    pick_device(places.device)
     make: Runner = run or (lambda jobs, told: run_jobs(jobs, told, workers, places.plugins, executor=executor))
     nowhere = replace(places, logs=None)
     for name in names:  # what cannot be searched is answered before anything is written

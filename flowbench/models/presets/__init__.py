@@ -18,6 +18,7 @@ from flowbench.prompts import prompt_sets
 from flowbench.reading.documents import MAX_BYTES, DocumentError, parse_yaml
 from flowbench.reading.texts import TextError, read_text
 from flowbench.record import RANDOM
+from flowbench.sections import EvaluationConfig, TrainingConfig
 
 FOLDER = Path(__file__).parent
 EMBEDDED = "embedded:"  # a source within the package's testbed weights
@@ -196,6 +197,13 @@ def _check_names(preset: ModelPreset, path: Path) -> None:
         family_entry(preset.family)
     except UsageError as error:
         raise UsageError(f"model file '{path}': {error}") from error
+    for section, kind, given in (
+        ("training", TrainingConfig, preset.training),
+        ("evaluation", EvaluationConfig, preset.evaluation),
+    ):
+        for name in given.keys() - kind.model_fields.keys():
+            hint = did_you_mean(str(name), kind.model_fields)
+            raise UsageError(f"model file '{path}' has the unknown setting '{section}.{name}'{hint}")
     for algorithm, sections in preset.algorithms.items():
         for section in set(sections) - set(ALGORITHM_SECTIONS):
             raise UsageError(

@@ -17,11 +17,10 @@ from flowbench.errors import UsageError
 from flowbench.escape import plain
 from flowbench.files import write_atomically
 from flowbench.names import path_name
-from flowbench.published import LARGEST, as_text, shortened
+from flowbench.published import LARGEST, MANIFEST, as_text, shortened
 from flowbench.record import Record, load_record
 
 VERSION = "v1"
-MANIFEST = "MANIFEST"
 ABLATIONS = "ablations"
 
 

@@ -141,9 +141,9 @@ def load_towers(reward: str, name: str, tag: str | None, device: torch.device) -
                 with torch.device(device):
                     model = open_clip.create_model(source, device=device, load_weights=False)
             else:
-                model = open_clip.create_model(source, where, device=device, require_pretrained=True)
                 for file in sorted(folder.glob("*.safetensors")):
                     check_dtypes(file)
+                model = open_clip.create_model(source, where, device=device, require_pretrained=True)
                 check_values(model.state_dict())
             return ClipTowers(model, open_clip.get_tokenizer(source), device)
     except TensorError as error:

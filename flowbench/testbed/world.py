@@ -1,0 +1,53 @@
+"""The former name of `flowbench.testbeds.shapes.world`; new code imports that one."""
+
+from __future__ import annotations
+
+from flowbench.testbeds.shapes.world import (
+    CATEGORIES,
+    COLORS,
+    COUNTS,
+    HELD_OUT_PAIRS,
+    IMAGE_SIZE,
+    MAX_OBJECTS,
+    PALETTE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Caption,
+    ObjectSpec,
+    Scenes,
+    all_captions,
+    describe,
+    held_out_pairing,
+    is_compositional,
+    mutate,
+    parse,
+    relation_holds,
+    render,
+    sample_scenes,
+)
+
+__all__ = [
+    "CATEGORIES",
+    "COLORS",
+    "COUNTS",
+    "HELD_OUT_PAIRS",
+    "IMAGE_SIZE",
+    "MAX_OBJECTS",
+    "PALETTE",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "Caption",
+    "ObjectSpec",
+    "Scenes",
+    "all_captions",
+    "describe",
+    "held_out_pairing",
+    "is_compositional",
+    "mutate",
+    "parse",
+    "relation_holds",
+    "render",
+    "sample_scenes",
+]
