@@ -56,7 +56,7 @@ def interval() -> Any:
 def cell() -> Any:
     counts = dict.fromkeys(("done", "begun", "failed", "missing"), 1)
     return Hostile(
-        workload=Hostile(images=4), jobs=(), counts=lambda: counts, failures=lambda: [BAD], not_applicable=None
+        workload=Hostile(images=4), jobs=(), runs=1, counts=lambda: counts, failures=lambda: [BAD], not_applicable=None
     )
 
 
@@ -131,7 +131,10 @@ def overlay() -> Any:
 
 def bench_report() -> Any:
     speed = Hostile(seconds=1.0, rate=1.0, tflop=1.0, matmul_share=0.5, peak_gib=1.0, part="rollout", unit="images")
-    return Hostile(speeds=(speed,), rollouts=1.0, matmul_tflops=1.0, repeats=1, images=4, over_plain=None)
+    beside = SimpleNamespace(portion=1, in_turns=1.0, beside=1.0, speedup=1.0)
+    return Hostile(
+        speeds=(speed,), rollouts=1.0, matmul_tflops=1.0, repeats=1, images=4, over_plain=1.0, overlap=beside
+    )
 
 
 def live(kind: Any, *arguments: Any) -> None:

@@ -219,10 +219,10 @@ def test_whatever_is_raised_the_last_good_iteration_is_saved_and_the_error_says_
     place: str, error: BaseException, whole: Path, tmp_path: Path
 ):
     from flowbench.algorithms.nft import Nft
-    from flowbench.training.collect import Collector
+    from flowbench.training.scored import ScoredImages
 
     config, folder, done = tiny(training__checkpoint_every=100, evaluation__points=0), tmp_path / "run", 4
-    where: Any = {"prepare": (Nft, "prepare"), "reward": (Collector, "_scores")}.get(place, (Updater, "update"))
+    where: Any = {"prepare": (Nft, "prepare"), "reward": (ScoredImages, "proceed")}.get(place, (Updater, "update"))
     listener = Listener()
     if place == "listener":
 

@@ -37,7 +37,16 @@ Main = Callable[..., int]
 PLAIN = {"model": "gaussian", "reward": "linear", "images": 64}
 EVALUATION = {"splits": ["test"], "prompts": 2, "images_per_prompt": 4}
 # And the commit: somebody may be at work on the tree.
-TIMINGS = {"commit", "seconds", "evaluation_seconds", "overhead", "peak_memory_mb", "finished", "base_cached"}
+TIMINGS = {
+    "checksum",
+    "commit",
+    "seconds",
+    "evaluation_seconds",
+    "overhead",
+    "peak_memory_mb",
+    "finished",
+    "base_cached",
+}
 
 # Pictures are most of what a tiny run takes, and no part of a record.
 QUICK = """
