@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flowbench.errors import UsageError, shortened
+
 LARGEST_SEED = 2**63 - 1  # what torch takes
 MOST_SEEDS = 1000  # of one study
 MOST = 1_000_000  # of whatever else is counted: more is a slip of the keyboard
@@ -27,6 +29,15 @@ def new_folder(context: typer.Context, parameter: typer.CallbackParam, value: Pa
         from flowbench.outputs import check_folder
 
         check_folder(parameter.opts[0], value)
+    return value
+
+
+def old_folder(context: typer.Context, parameter: typer.CallbackParam, value: Path) -> Path:
+    """An option's folder, which is there if it is named. Raises UsageError for one that is not."""
+    source = context.get_parameter_source(parameter.name or "")
+    named = source is not None and source.name != "DEFAULT"
+    if named and not context.resilient_parsing and not value.is_dir():
+        raise UsageError(f"{parameter.opts[0]} {shortened(str(value))} is no folder; name one that is there")
     return value
 
 

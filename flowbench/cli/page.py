@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flowbench.cli.options import new_file, say
+from flowbench.cli.options import new_file, old_folder, say
 from flowbench.errors import UsageError
 from flowbench.experiments.defaults import OUTPUT, SEARCHES
 
@@ -22,7 +22,9 @@ def page(
     samples: Annotated[
         list[Path] | None, typer.Option(help="Folder of runs with kept images, for the wall; may be repeated.")
     ] = None,
-    searches: Annotated[Path, typer.Option(help="Folder of searches, whose choices are shown.")] = SEARCHES,
+    searches: Annotated[
+        Path, typer.Option(callback=old_folder, help="Folder of searches, whose choices are shown.")
+    ] = SEARCHES,
     data: Annotated[bool, typer.Option("--data", help="Write the data beside the page, as .json and .csv.")] = False,
 ) -> None:
     """Make one page of results from records: tables, curves, pairs, samples; a single file that needs no network."""

@@ -26,6 +26,7 @@ from flowbench.cli.options import (
     PluginOption,
     PromptsOption,
     SettingsOption,
+    new_folder,
 )
 from flowbench.errors import RunError, UsageError
 from flowbench.experiments.defaults import DEVICE, MODEL, OUTPUT, REWARD, SEARCHES
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Workloads x algorithms x seeds from a file.", rich_markup_mode=None)
 
 SuiteArgument = Annotated[str, typer.Argument(metavar="SUITE", help="A built-in suite's name, or a YAML file.")]
-SearchesOption = Annotated[Path, typer.Option(help="Folder of the logs and choices of studies.")]
+SEARCHES_HELP = "Folder of the logs and choices of studies."
 RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Make runs again that failed earlier.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the runs and their state.")]
 
@@ -55,7 +56,7 @@ def run(
     device: DeviceOption = DEVICE,
     plugin: PluginOption = [],  # noqa: B006
     output: OutputOption = OUTPUT,
-    searches: SearchesOption = SEARCHES,
+    searches: Annotated[Path, typer.Option(callback=new_folder, help=SEARCHES_HELP)] = SEARCHES,
     retry_failed: RetryOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -89,7 +90,7 @@ def show(
     suite: SuiteArgument,
     plugin: PluginOption = [],  # noqa: B006
     output: PlaceOption = OUTPUT,
-    searches: SearchesOption = SEARCHES,
+    searches: Annotated[Path, typer.Option(help=SEARCHES_HELP)] = SEARCHES,
 ) -> None:
     """Show which runs of a suite are done, running, interrupted, failed, missing or not applicable."""
     from flowbench.cli.display import suites as display

@@ -77,7 +77,7 @@ BASES: dict[str, Base] = {
 # Whatever is given there makes sense, or makes none only together with what these command lines do not have.
 FREE = {
     *(("sample", "prompt"), ("list", "output"), ("suite show", "output"), ("sample", "output")),
-    *(("probe", "cache"), ("leaderboard", "since"), ("rewards parity", "version")),
+    *(("suite show", "searches"), ("probe", "cache"), ("leaderboard", "since"), ("rewards parity", "version")),
 }
 # What an option needs beside it, so that it alone is wrong.
 COMPANIONS: dict[tuple[str, str], tuple[str, ...]] = {
