@@ -144,6 +144,19 @@ def test_the_network_receives_state_sigma_and_each_rows_own_text(shared_policy: 
     assert len(own.unique(dim=0)) == 3
 
 
+def test_the_networks_text_is_a_gain_around_one_and_none_of_it_leaves_the_image():
+    critic, x = StateCritic(4, 6), torch.randn(2, 4, 8, 8)
+    torch.nn.init.zeros_(critic.gain.weight)
+    torch.nn.init.zeros_(critic.gain.bias)
+    torch.nn.init.normal_(critic.head[-1].weight)
+    seen: list[torch.Tensor] = []
+    critic.head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        critic(x, torch.full((2,), 0.5), torch.zeros(2, 6))
+        features = torch.nn.functional.silu(critic.conv(x)).flatten(1)
+    torch.testing.assert_close(seen[0][:, : features.shape[1]], features)
+
+
 def test_the_critic_that_sees_receives_the_base_models_estimate_and_each_rows_own_text(
     make_policy: Callable[..., Policy], rollout: Rollout
 ):
