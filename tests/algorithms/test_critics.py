@@ -364,8 +364,8 @@ def test_in_the_warm_up_a_critic_without_a_gradient_learns_and_the_policy_does_n
 
 def test_explained_variance_is_told_by_the_range_of_sigma_and_only_of_enough_rows():
     sigma = torch.tensor([0.1] * 8 + [0.5] * 8 + [0.8] * 8 + [0.9] * 7)
-    target = torch.randn(31, generator=torch.Generator().manual_seed(0))
-    value = torch.where(sigma == 0.5, target, torch.zeros(31))
+    target = 3 + torch.randn(31, generator=torch.Generator().manual_seed(0))
+    value = torch.where(sigma == 0.5, target - 2, torch.ones(31))  # a constant beside it explains no less
     explained = {name: v.item() for name, v in explained_by_sigma(value, target, sigma).items()}
     expected = {"explained_variance_0.00": 0.0, "explained_variance_0.33": 1.0, "explained_variance_0.66": 0.0}
     assert explained == pytest.approx(expected, abs=1e-6)
