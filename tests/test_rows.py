@@ -17,7 +17,7 @@ from flowbench.models.policy import Policy
 from flowbench.rollout import Conditioning
 from flowbench.seeding import generator_for
 from flowbench.toolkit.matching import renoised
-from flowbench.training.rows import Cut, drawn, shuffled
+from flowbench.training.rows import Cut, compared, drawn, shuffled
 from flowbench.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -184,3 +184,13 @@ def test_comparing_a_groups_rows_in_a_loss_that_does_not_declare_it_is_seen(
         part.algorithm = algorithm
     batch = drawn(algorithm, trainer.policy, algorithm.prepare(trainer.collector.collect(0, trainer.budget)))
     assert largest_error(gradients(trainer, batch, 1), gradients(trainer, batch, None))[1] > 1e-2
+
+
+def test_what_compare_says_of_a_row_stands_in_the_place_of_what_prepare_said(shared_policy: Policy):
+    class Twice(Algorithm[AlgorithmConfig]):
+        def compare(self, scalars: Mapping[str, torch.Tensor]) -> Compared:
+            return Compared({"weight": torch.full((4,), 2.0)}, {})
+
+    told = replace(rows_of([0, 0, 1, 1]), scalars={"weight": torch.ones(4), "kept": torch.zeros(4)})
+    batch, _ = compared(Twice.__new__(Twice), shared_policy, told, Cut(4))
+    assert {name: value.tolist() for name, value in batch.scalars.items()} == {"weight": [2.0] * 4, "kept": [0.0] * 4}
