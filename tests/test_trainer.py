@@ -466,3 +466,29 @@ def test_reward_calls_of_a_loss_are_on_the_budget(
     budget = make_trainer(tiny_config("refl", "clip", overrides={"training.images": 16}), tmp_path).run()
     assert budget.images == 16
     assert budget.reward_calls == 32  # once for the rollout, once for the gradient
+
+
+def test_every_pass_over_an_iteration_is_a_step_more(
+    tiny_config: Callable[..., RunConfig], make_trainer: Callable[..., Trainer], tmp_path: Path
+):
+    spent = []
+    for epochs in (1, 3):
+        config = tiny_config("raft", overrides={"training.epochs": epochs})
+        trainer = make_trainer(config, tmp_path / str(epochs))
+        trainer.updater.update(trainer.algorithm.prepare(trainer.collector.collect(0, Budget())), 0)
+        spent.append(trainer.updater.updates)
+    assert spent[1] == 3 * spent[0] > 0
+
+
+def test_every_iteration_has_noise_of_its_own_and_the_same_one_again(
+    tiny_config: Callable[..., RunConfig],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    collector = make_trainer(tiny_config("raft"), tmp_path).collector
+    same = collector._draw_prompts(0)
+    monkeypatch.setattr(collector, "_draw_prompts", lambda iteration: same)
+    first, second, again = (collector.collect(k, Budget()).x0 for k in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, second).all(-1).all(-1).all(-1).any()
