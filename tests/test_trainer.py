@@ -492,3 +492,18 @@ def test_every_iteration_has_noise_of_its_own_and_the_same_one_again(
     first, second, again = (collector.collect(k, Budget()).x0 for k in (0, 1, 0))
     assert torch.equal(first, again)
     assert not torch.isclose(first, second).all(-1).all(-1).all(-1).any()
+
+
+@pytest.mark.parametrize(("algorithm", "moves"), [("nft", False), ("raft", True)])
+def test_images_come_from_the_behaviour_policy_where_a_method_keeps_one(
+    algorithm: str,
+    moves: bool,
+    tiny_config: Callable[..., RunConfig],
+    make_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+):
+    trainer = make_trainer(tiny_config(algorithm), tmp_path)
+    first = trainer.collector.collect(0, Budget()).x0
+    for p in trainer.updater.parameters:
+        p.data += 0.02
+    assert torch.equal(first, trainer.collector.collect(0, Budget()).x0) is not moves
