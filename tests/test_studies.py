@@ -171,7 +171,7 @@ def test_a_studys_result_is_what_it_selects_run_with_a_seed_of_its_own_and_evalu
 
 def test_a_study_that_selects_nothing_is_a_failed_run_and_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded, where = suite(tmp_path, SMALL, settings=TINY), places(tmp_path)
-    monkeypatch.setattr(selection, "KEPT", 9.0)
+    monkeypatch.setattr(selection, "FLOOR", 9.0)
     for executor in (Here(), Here()):
         outcomes = carry_out(loaded, where, StudyListener(), executor, True)
         assert all(outcome.failure and "no trial qualifies" in outcome.failure for outcome in outcomes)

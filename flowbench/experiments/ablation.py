@@ -21,6 +21,7 @@ from flowbench.experiments.study import Job, Outcome, make_job, spell
 from flowbench.names import path_name
 from flowbench.record import Record, read_metrics
 from flowbench.registry import algorithms
+from flowbench.reporting.audit.ablations import COLLAPSED, DEGRADED
 from flowbench.reporting.columns import interval_text
 from flowbench.reporting.documents import markdown_table
 from flowbench.reporting.leaderboard import over_seeds
@@ -30,8 +31,6 @@ from flowbench.terms import parse_reward
 from flowbench.training.checkpoint import METRICS
 
 DEFAULT = "default"
-DEGRADED = -0.05  # change of the truth below which a run has degraded
-COLLAPSED = 0.5  # share of the base model's diversity below which a run has collapsed
 EXPLAINED = "explained_variance"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FLOOR = 0.9  # of the base model's diversity
+FLOOR = 0.9  # of the base model's diversity, which the rules ask every result to keep
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from typing import Any
 from flowbench.config import RunConfig, resolve_config
 from flowbench.errors import RunError, UsageError
 from flowbench.evaluation.statistics.search import expected_best
+from flowbench.evaluation.statistics.targets import FLOOR
 from flowbench.experiments.jobs import Job, Outcome, make_job
 from flowbench.experiments.tuning.dev import DEV_ALONE, dev_result
 from flowbench.experiments.tuning.files import CHOSEN, TRIALS, Chosen, trials_csv
 from flowbench.experiments.tuning.journal import LOG, Attempt, Journal, Trial
 from flowbench.experiments.tuning.plan import SearchPlan
-from flowbench.experiments.tuning.selection import KEPT, Candidate, finalists, select, worth
+from flowbench.experiments.tuning.selection import Candidate, finalists, select, worth
 from flowbench.experiments.tuning.space import search_space
 from flowbench.files import write_atomically
 from flowbench.models.presets import AnalyticPreset, load_preset
@@ -222,12 +223,12 @@ def study_folder(logs: Path, algorithm: str, plan: SearchPlan, study: int) -> Pa
 def _reason(best: Candidate | None, candidates: Sequence[Candidate], chosen: int) -> str:
     if best is None:
         failed, collapsed = sum(c.failed for c in candidates), sum(c.collapsed for c in candidates)
-        lost = f"{failed} failed and {collapsed} kept less than {KEPT} of the base model's diversity"
+        lost = f"{failed} failed and {collapsed} kept less than {FLOOR} of the base model's diversity"
         return f"no trial qualifies: of {len(candidates)}, {lost}"
     again = f" of the {chosen} best, which ran again with other seeds" if chosen else ""
     return (
-        f"the highest mean reward on dev at the end of the budget{again}, among trials that keep {KEPT} or more of the "
-        "base model's diversity there"
+        f"the highest mean reward on dev at the end of the budget{again}, among trials that keep {FLOOR} or more of "
+        "the base model's diversity there"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KEPT = 0.9  # share of the base model's diversity that a trial must keep
+from flowbench.evaluation.statistics.targets import FLOOR
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Candidate:
     @property
     def collapsed(self) -> bool:
         """Whether it keeps too little diversity."""
-        return not self.failed and self.kept < KEPT
+        return not self.failed and self.kept < FLOOR
 
     @property
     def qualifies(self) -> bool:

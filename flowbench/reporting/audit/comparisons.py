@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from flowbench.evaluation.statistics import Interval, difference, gains_from_records
+from flowbench.evaluation.statistics.targets import FLOOR
 from flowbench.record import Record
 from flowbench.reporting.audit.claim import (
     FLAGSHIP,
@@ -26,7 +27,6 @@ from flowbench.reporting.groups import Group
 from flowbench.reporting.leaderboard import HELD_OUT, TRUTH, Row, Table, over_seeds
 from flowbench.reporting.targets import DIVERSITY
 
-KEPT = 0.9  # of the base model's diversity: the floor of the rules
 SAME = 0.02  # a difference in truth below which two workloads count as the same
 CRITIC_FREE = ("orw-cfm-w2", "raft", "adrpo", "awm", "nft")  # the forward-process methods without a critic
 SUITES = "runs of suites: ruleset defaults, and tuned where there are any"
@@ -89,10 +89,10 @@ def keeps_diversity(tables: Sequence[Table]) -> Claim:
         row = _flagship(table)
         kept = row.retained.get(DIVERSITY) if row else None
         if kept is not None:
-            findings.append(Finding(f"{_name(table)}: diversity", kept, above(kept, KEPT), "share"))
+            findings.append(Finding(f"{_name(table)}: diversity", kept, above(kept, FLOOR), "share"))
     return made(
         "It keeps the base model's diversity.",
-        f"Diversity within prompts as a share of the base model's, against the rules' floor of {KEPT}: supported if "
+        f"Diversity within prompts as a share of the base model's, against the rules' floor of {FLOOR}: supported if "
         "the interval is above it on every workload, not supported if it is below it on one.",
         SUITES,
         findings,
